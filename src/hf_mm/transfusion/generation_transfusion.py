@@ -1,0 +1,445 @@
+"""How Transfusion draws: denoising behind a cached prefix, guidance in one batch, text and images in one answer.
+
+Text goes through the library's own `generate`; this file adds the image mode and the switch at the image-opening
+token. It knows ids, latents and schedulers, not strings or pictures.
+"""
+
+# Axes: B rows, R rows drawn (B times images per prompt), L prefix length, P patches, C latent channels, H, W latent.
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+
+from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler
+
+
+StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def join_caches(first: DynamicCache, second: DynamicCache) -> DynamicCache:
+    """Stacks the rows of two caches, the second being shorter and padded on the left.
+
+    Args:
+        first (`DynamicCache`): Keys and values of `(rows, heads, length, head_dim)` per layer.
+        second (`DynamicCache`): The same heads, at most that length.
+
+    Returns:
+        `DynamicCache`: a new cache; both arguments stay as they are.
+    """
+    joined = []
+    for upper, lower in zip(first.layers, second.layers, strict=True):
+        missing = upper.keys.shape[-2] - lower.keys.shape[-2]
+        joined.append(
+            tuple(
+                torch.cat([long, F.pad(short, (0, 0, missing, 0))])
+                for long, short in ((upper.keys, lower.keys), (upper.values, lower.values))
+            )
+        )
+    return DynamicCache(joined)
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Running positions of the kept tokens of `attention_mask`, 0 on padding in front."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class TransfusionGenerationMixin(GenerationMixin):
+    """`generate` for text, and for images, and for both in one answer."""
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Repeats rows for several sequences per prompt, each row taking all of its images along."""
+        images = {name: kwargs.pop(name) for name in ("pixel_values", "latents", "image_sizes") if name in kwargs}
+        if expand_size > 1 and images:
+            is_image = input_ids == self.config.image_token_id
+            counts = (is_image & ~F.pad(is_image, (1, 0))[:, :-1]).sum(-1).tolist()
+            order = torch.arange(sum(counts), device=input_ids.device).split(counts)
+            index = torch.cat([row for row in order for _ in range(expand_size)])
+            images = {name: value if value is None else value[index] for name, value in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Drops the images once the cache holds them."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "latents", "image_sizes"):
+                inputs.pop(name, None)
+        return inputs
+
+    def create_masks_for_generate(
+        self,
+        config: Any,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """Leaves the mask to `forward`, which knows where the images are; it is used for static caches."""
+        return attention_mask
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_mode: str | None = None, **kwargs: Any) -> Any:
+        """Writes text, or with `generation_mode="image"` draws one image per row.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Prompts, padded on the left; also taken as `input_ids`.
+            generation_mode (`str`, *optional*): `"text"` (the default) or `"image"`.
+            kwargs: For text, those of the library's `generate`; for images, those of `draw_images`.
+
+        Returns:
+            For text what the library returns; for images latents for `decode_image_tokens`.
+
+        Raises:
+            ValueError: If there is no such mode.
+        """
+        if generation_mode == "image":
+            kwargs.pop("generation_config", None)
+            kwargs.pop("max_new_tokens", None)
+            input_ids = kwargs.pop("input_ids", inputs)
+            return self.draw_images(input_ids, **kwargs)
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"`generation_mode`={generation_mode!r} is not one of 'text', 'image'.")
+        kwargs.setdefault("suppress_tokens", self._image_tokens())
+        return super().generate(inputs, **kwargs)
+
+    def _image_tokens(self) -> list[int]:
+        """Ids that text must not contain."""
+        return [self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id]
+
+    def decode_image_tokens(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes what `generate(generation_mode="image")` returned.
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Scaled latents.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, 3, height, width)` in [-1, 1].
+        """
+        return self.model.decode_latents(latents)
+
+    @torch.no_grad()
+    def predict_noise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        past_key_values: DynamicCache,
+        attention_mask: Any,
+        position_ids: torch.Tensor,
+        *,
+        keep: bool = False,
+    ) -> torch.Tensor:
+        """Runs one denoising step's forward over the image block, leaving the cached prefix as it was.
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`): Noised images, one a row.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`): How noisy they are.
+            past_key_values (`DynamicCache`): The prefix, up to and including the image-opening token.
+            attention_mask: From `image_mask`.
+            position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`): Positions of the patches.
+            keep (`bool`, defaults to `False`): Whether the image stays in the cache, as the finished one does.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `latents`: the prediction, in the sense of `config.prediction_type`.
+        """
+        patches, skips = self.model.patch_in(latents.to(self.dtype), timesteps)
+        hidden = self.model.language_model(
+            inputs_embeds=patches,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=True,
+        ).last_hidden_state
+        if not keep:
+            past_key_values.crop(-patches.shape[1])
+        return self.model.patch_out(hidden, timesteps, skips, tuple(latents.shape[-2:]))
+
+    def image_mask(
+        self, prefix_mask: torch.Tensor, past_key_values: DynamicCache, num_patches: int
+    ) -> tuple[Any, torch.Tensor]:
+        """Mask and positions of an image block behind a prefix, the same for all its denoising steps.
+
+        Args:
+            prefix_mask (`torch.Tensor` of shape `(batch_size, past_length)`): 0 on padding.
+            past_key_values (`DynamicCache`): The prefix.
+            num_patches (`int`): Length of the block.
+
+        Returns:
+            The mask, in the form of the attention in use, and positions of shape `(batch_size, num_patches)`.
+        """
+        full = F.pad(prefix_mask, (0, num_patches), value=1)
+        position_ids = positions_from_mask(full)[:, -num_patches:]
+        block_ids = torch.zeros_like(position_ids)
+        shape_only = torch.empty((*position_ids.shape, 0), dtype=self.dtype, device=full.device)
+        return self.model.create_masks(shape_only, full, past_key_values, position_ids, block_ids), position_ids
+
+    @torch.no_grad()
+    def draw_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        **draw_kwargs: Any,
+    ) -> torch.Tensor:
+        """Draws images behind prompts: the prefix is read once, then each denoising step runs the image block alone.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Prompts, padded on the left; the image-opening token is added where it is missing.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 on padding.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*): Images to read.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): Their sizes in latent pixels.
+            num_images_per_prompt (`int`, defaults to 1): Images drawn from each prompt, sharing its prefix.
+            draw_kwargs: `height`, `width`, `num_inference_steps`, `guidance_scale`, `scheduler`, `generator`,
+                `latents`, `callback`: see `denoise`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size * num_images_per_prompt, channels, height, width)`: latents.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):
+            input_ids = F.pad(input_ids, (0, 1), value=self.config.boi_token_id)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        cache = self._read(input_ids, attention_mask, pixel_values=pixel_values, image_sizes=image_sizes)
+        if num_images_per_prompt > 1:
+            cache.batch_repeat_interleave(num_images_per_prompt)
+            attention_mask = attention_mask.repeat_interleave(num_images_per_prompt, 0)
+        return self.denoise(cache, attention_mask, **draw_kwargs)
+
+    def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **images: Any) -> DynamicCache:
+        """Reads a prefix into a new cache."""
+        cache = DynamicCache(config=self.config.text_config)
+        self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions_from_mask(attention_mask),
+            past_key_values=cache,
+            use_cache=True,
+            **images,
+        )
+        return cache
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        past_key_values: DynamicCache,
+        attention_mask: torch.Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: SchedulerMixin | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        callback: StepCallback | None = None,
+    ) -> torch.Tensor:
+        """Denoises one image per row of a cached prefix; the cache is left as it was.
+
+        Guidance adds one unconditional row, `<bos> <boi>`, per image to the same batch, so that a step is one forward.
+
+        Args:
+            past_key_values (`DynamicCache`): The prefix, ending in the image-opening token.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length)`): 0 on padding.
+            height (`int`, *optional*): Pixels; defaults to `config.image_size`.
+            width (`int`, *optional*): Likewise.
+            num_inference_steps (`int`, *optional*): Defaults to `config.num_inference_steps`.
+            guidance_scale (`float`, *optional*): Defaults to `config.image_guidance_scale`; 1 is off.
+            scheduler (`SchedulerMixin`, *optional*): Defaults to the one that fits the prediction type.
+            generator (`torch.Generator` or a list of one per row, *optional*): Source of the noise.
+            latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`, *optional*): Initial noise.
+            callback (`Callable`, *optional*): Called as `callback(step, timestep, latents)`, returns the latents.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, channels, height / vae_stride, width / vae_stride)`.
+
+        Raises:
+            ValueError: If an argument is out of range or the scheduler does not fit the model.
+
+        Source: Transfusion, section 3 (inference). Differs: the unconditional prompt is ours; `<bos> <boi>` is what
+        training with dropped captions shows.
+        """
+        scale = self.config.image_guidance_scale if guidance_scale is None else guidance_scale
+        num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        scheduler = build_scheduler(self.config) if scheduler is None else copy.deepcopy(scheduler)
+        check_scheduler(scheduler, self.config)
+        shape = self._latent_shape(len(attention_mask), height, width)
+        self._check_drawing(scale, num_steps, scheduler, latents, shape)
+        device = attention_mask.device
+        scheduler.set_timesteps(num_steps, device=device)
+        is_flow = self.config.prediction_type == "flow_prediction"
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        latents = latents.to(device) if is_flow else latents.to(device) * scheduler.init_noise_sigma
+
+        cache, prefix_mask = past_key_values, attention_mask
+        if scale > 1:
+            cache, prefix_mask = self._join_unconditional(cache, prefix_mask)
+        num_patches = shape[2] * shape[3] // self.config.patch_size**2
+        mask, position_ids = self.image_mask(prefix_mask, cache, num_patches)
+        for step, timestep in enumerate(scheduler.timesteps):
+            inputs = latents if is_flow else scheduler.scale_model_input(latents, timestep)
+            inputs = torch.cat([inputs, inputs]) if scale > 1 else inputs
+            prediction = self.predict_noise(inputs, timestep.expand(len(inputs)), cache, mask, position_ids).float()
+            if scale > 1:
+                cond, uncond = prediction.chunk(2)
+                prediction = torch.lerp(uncond, cond, scale)
+            latents = scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
+            if callback is not None:
+                latents = callback(step, timestep, latents)
+        return latents
+
+    def _latent_shape(self, rows: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """Shape of the latents of a picture of `height` by `width` pixels; refuses sizes off the stride."""
+        sides = []
+        for name, side in (("height", height), ("width", width)):
+            side = self.config.image_size if side is None else side
+            stride = self.config.image_stride
+            if side < stride or side % stride:
+                nearest = max(side // stride, 1) * stride
+                raise ValueError(f"`{name}`={side} must be a multiple of {stride} pixels. Try {nearest}.")
+            sides.append(side // self.config.vae_stride)
+        return rows, self.config.latent_channels, sides[0], sides[1]
+
+    @staticmethod
+    def _check_drawing(
+        scale: float, num_steps: int, scheduler: SchedulerMixin, latents: torch.Tensor | None, shape: tuple[int, ...]
+    ) -> None:
+        """Refuses arguments of a drawing that are out of range, before any work."""
+        if scale < 1:
+            raise ValueError(f"`guidance_scale`={scale} is below 1. Use 1 to switch guidance off.")
+        limit = scheduler.config.num_train_timesteps
+        if not 1 <= num_steps <= limit:
+            raise ValueError(f"`num_inference_steps`={num_steps} must lie between 1 and {limit}.")
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has shape {tuple(latents.shape)}; this drawing needs {shape}.")
+
+    def _join_unconditional(self, cache: DynamicCache, prefix_mask: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
+        """Adds to each row its unconditional twin, whose two tokens are read once for all."""
+        rows = len(prefix_mask)
+        prompt = torch.tensor([[self.config.text_config.bos_token_id, self.config.boi_token_id]], device=prefix_mask.device)
+        uncond = self._read(prompt, torch.ones_like(prompt))
+        uncond.batch_repeat_interleave(rows)
+        uncond_mask = torch.zeros_like(prefix_mask)
+        uncond_mask[:, -prompt.shape[1] :] = 1
+        return join_caches(cache, uncond), torch.cat([prefix_mask, uncond_mask])
+
+    @torch.no_grad()
+    def generate_interleaved(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        max_images: int = 4,
+        max_new_tokens: int = 256,
+        draw_kwargs: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> list[list[torch.Tensor]]:
+        """Writes text and draws an image wherever the model opens one, until every row has ended.
+
+        Rows that open an image draw it together; the finished image is written to the cache once, clean, and text
+        goes on behind it.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Prompts, padded on the left.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 on padding.
+            pixel_values (`torch.FloatTensor`, *optional*): Images of the prompts, as for `forward`.
+            image_sizes (`torch.LongTensor`, *optional*): Their sizes in latent pixels.
+            max_images (`int`, defaults to 4): A row ends when it opens one more.
+            max_new_tokens (`int`, defaults to 256): Text tokens between two images at most.
+            draw_kwargs (`dict`, *optional*): Arguments of `denoise`.
+            generate_kwargs: Those of the library's `generate`, as for sampling.
+
+        Returns:
+            `list[list[torch.Tensor]]`: for each row its parts in order, one-dimensional ids of text or latents
+            `(channels, height, width)` of an image.
+
+        Source: Transfusion, section 3 (inference).
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        boi, eoi = self.config.boi_token_id, self.config.eoi_token_id
+        eos = self.generation_config.eos_token_id
+        stops = [*(eos if isinstance(eos, list) else [eos]), boi]
+        parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        cache: DynamicCache | None = DynamicCache(config=self.config.text_config)
+        images: dict[str, Any] = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        for num_drawn in range(max_images + 1):
+            length = input_ids.shape[1]
+            output = super().generate(
+                input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                eos_token_id=stops,
+                suppress_tokens=[eoi, self.config.image_token_id],
+                max_new_tokens=max_new_tokens,
+                return_dict_in_generate=True,
+                **images,
+                **generate_kwargs,
+            )
+            images = {}
+            input_ids, cache = output.sequences, output.past_key_values
+            written = input_ids[:, length:]
+            is_stop = torch.isin(written, torch.tensor(stops, device=written.device))
+            kept = is_stop.cumsum(-1) - is_stop.long() == 0  # up to and including the first stop
+            for row, text, keep in zip(rows.tolist(), written, kept & ~is_stop, strict=True):
+                parts[row].append(text[keep])
+            attention_mask = torch.cat([attention_mask, kept.to(attention_mask.dtype)], -1)
+            opens = ((written == boi) & kept).any(-1)
+            if num_drawn == max_images or not bool(opens.any()):
+                break
+            rows, input_ids, attention_mask = rows[opens], input_ids[opens], attention_mask[opens]
+            cache.batch_select_indices(opens.nonzero().flatten())
+            self._read_last(input_ids, attention_mask, cache)
+            latents = self.denoise(cache, attention_mask, **(draw_kwargs or {}))
+            for row, image in zip(rows.tolist(), latents, strict=True):
+                parts[row].append(image)
+            num_patches = latents.shape[2] * latents.shape[3] // self.config.patch_size**2
+            self._write_image(latents, cache, attention_mask, num_patches)
+            placeholders = input_ids.new_full((len(rows), num_patches + 1), self.config.image_token_id)
+            placeholders[:, -1] = eoi
+            input_ids = torch.cat([input_ids, placeholders], -1)
+            attention_mask = F.pad(attention_mask, (0, num_patches + 1), value=1)
+        return parts
+
+    def _read_last(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: DynamicCache) -> None:
+        """Reads the last token, which `generate` returns without having read it."""
+        unread = input_ids.shape[1] - cache.get_seq_length()
+        self.model(
+            input_ids=input_ids[:, -unread:],
+            attention_mask=attention_mask,
+            position_ids=positions_from_mask(attention_mask)[:, -unread:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    def _write_image(
+        self, latents: torch.Tensor, cache: DynamicCache, attention_mask: torch.Tensor, num_patches: int
+    ) -> None:
+        """Writes finished images to the cache, clean, so that the text behind reads what was drawn."""
+        mask, position_ids = self.image_mask(attention_mask, cache, num_patches)
+        timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
+        self.predict_noise(latents, timesteps, cache, mask, position_ids, keep=True)

@@ -1,0 +1,623 @@
+"""The Transfusion model: a Llama-style backbone by composition, the image mask, and both losses.
+
+The backbone is transformers' own, so a Llama checkpoint's weights load as they are and text-only logits are equal.
+Drawing, a loop over denoising steps, is in `generation_transfusion.py`; packing and noise draws belong to the data.
+"""
+
+# Axes: B rows, L sequence, D hidden, V vocabulary, N images of all rows in reading order, P patches per image,
+#       C latent channels, H and W latent pixels.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_torchvision_available
+from transformers.utils.import_utils import torch_compilable_check
+
+from .configuration_transfusion import TransfusionConfig
+from .generation_transfusion import TransfusionGenerationMixin
+from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
+from .patching_transfusion import build_patch_layers
+
+
+@dataclass
+class TransfusionModelOutput(BaseModelOutputWithPast):
+    r"""Hidden states of text and patches, and what the way up of the images needs.
+
+    Args:
+        images (`ImageStates`, *optional*): Bookkeeping of the images read, `None` where there were none.
+    """
+
+    images: "ImageStates | None" = None
+
+
+@dataclass
+class TransfusionOutput(ModelOutput):
+    r"""Losses and predictions of [`TransfusionForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): `text_loss + diffusion_loss_weight * image_loss`.
+        text_loss (`torch.FloatTensor` of shape `()`, *optional*): Mean cross-entropy of the text targets, in nats.
+        image_loss (`torch.FloatTensor` of shape `()`, *optional*): Mean squared error per latent element, then image.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
+            Next-token scores; left out when training with labels, where only the targets' are computed.
+        noise_pred (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+            What was predicted of each image, in the sense of `config.prediction_type`.
+        past_key_values (`Cache`, *optional*): Keys and values of what was read.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): Hidden states of each layer.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): Attention weights of each layer.
+    """
+
+    loss: torch.FloatTensor | None = None
+    text_loss: torch.FloatTensor | None = None
+    image_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    noise_pred: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ImageStates:
+    """The images of one forward, grouped by size so that each group is one call of the patch layers.
+
+    Args:
+        groups (`list[tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]]`):
+            For each size: indices of its images, its `(height, width)` in latent pixels, and the skips of the way in.
+        timesteps (`torch.Tensor` of shape `(num_images,)`): The timestep each image was read at.
+        patch_index (`torch.LongTensor` of shape `(num_patches,)`): Where the patches stand in the flattened batch.
+    """
+
+    groups: list[tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]]
+    timesteps: torch.Tensor
+    patch_index: torch.Tensor
+
+
+def image_block_ids(is_image: torch.Tensor) -> torch.Tensor:
+    """Numbers the runs of patches in each row, so that two images are never taken for one.
+
+    Args:
+        is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): True on patches.
+
+    Returns:
+        `torch.LongTensor` of the same shape: the index of the image in its row, -1 on text.
+
+    Example:
+        >>> image_block_ids(torch.tensor([[False, True, True, False, True]]))
+        tensor([[-1,  0,  0, -1,  1]])
+
+    """
+    starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+    return torch.where(is_image, starts.cumsum(-1) - 1, -1)
+
+
+class TransfusionPreTrainedModel(PreTrainedModel):
+    """What every Transfusion class shares: initialisation and what the library may do with it."""
+
+    config: TransfusionConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # flash kernels drop the mask that lets the patches of an image see each other
+    _supports_attention_backend = True
+    _supports_context_parallel = False  # context parallelism drops that mask too
+    # The library's any-to-any pipeline refuses image input without torchvision, which nothing here needs.
+    input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
+    output_modalities = ("text", "image")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights and zero biases; the backbone and the VAE initialise themselves the same way."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class TransfusionModel(TransfusionPreTrainedModel):
+    """The backbone with its image layers: text ids and latent images in, hidden states out.
+
+    Args:
+        config (`TransfusionConfig`): Sizes of all parts.
+
+    Source: Transfusion (arXiv 2408.11039), section 3.
+    """
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.patch_in, self.patch_out = build_patch_layers(config)
+        self.vae = None
+        if config.vae_config is not None:
+            self.vae = AutoencoderKL.from_config(config.vae_config).requires_grad_(False).eval()
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "TransfusionModel":
+        """Switches the training mode; the frozen VAE stays in evaluation mode."""
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the text embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the text embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixel_values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Encodes pictures as scaled latents, which are the pictures themselves where there is no VAE.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): In [-1, 1].
+            generator (`torch.Generator`, *optional*): Samples the latents; without it their mean is taken.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, channels, height / vae_stride, width / vae_stride)`.
+        """
+        if self.vae is None:
+            return pixel_values
+        posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes scaled latents as pictures in [-1, 1], the inverse of `encode_pixels`."""
+        if self.vae is None:
+            return latents
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
+        return self.vae.decode(latents).sample
+
+    def create_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+        block_ids: torch.Tensor,
+    ) -> Any:
+        """Builds the mask `causal OR same image` for `inputs_embeds` behind what the cache holds.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The new positions.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*): Padding.
+            past_key_values (`Cache`, *optional*): What was read before.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Packed documents restart at 0 and are kept apart.
+            block_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): From `image_block_ids`.
+
+        Returns:
+            The mask in the form of the attention in use: a tensor, or a `BlockMask` for FlexAttention.
+
+        Source: Transfusion, section 3 (attention) and figure 4.
+        """
+        if self.config.image_attention == "causal":
+            block_ids = torch.full_like(block_ids, -1)
+        if past_key_values is not None and (past_length := int(past_key_values.get_seq_length())):
+            block_ids = F.pad(block_ids, (past_length, 0), value=-1)  # the library wants absolute positions
+        return create_causal_mask(
+            config=self.config.text_config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            block_sequence_ids=block_ids,
+        )
+
+    def read_images(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, image_sizes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, tuple[int, int], tuple[torch.Tensor, ...]]]]:
+        """Turns images into patches, one call of the patch layer for each size.
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): Padded to the largest.
+            timesteps (`torch.Tensor` of shape `(num_images,)`): How noisy each is.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                Height and width of each in latent pixels; `None` where all fill `latents`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_patches, hidden_size)` in reading order, and the groups by size.
+        """
+        if image_sizes is None:
+            patches, skips = self.patch_in(latents, timesteps)
+            everything = torch.arange(len(latents), device=latents.device)
+            return patches.flatten(0, 1), [(everything, tuple(latents.shape[-2:]), skips)]
+        groups, pieces = [], [torch.empty(0)] * len(latents)
+        for height, width in dict.fromkeys(map(tuple, image_sizes.tolist())):
+            index = (image_sizes == image_sizes.new_tensor([height, width])).all(-1).nonzero().flatten()
+            patches, skips = self.patch_in(latents[index, :, :height, :width], timesteps[index])
+            groups.append((index, (height, width), skips))
+            for image, piece in zip(index.tolist(), patches, strict=True):
+                pieces[image] = piece
+        return torch.cat(pieces), groups
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TransfusionModelOutput:
+        r"""Reads text and images.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text, with `config.image_token_id` standing for each patch.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                0 on padding. Leave out for packed windows, whose documents are told apart by `position_ids`.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Running positions, restarting at 0 with each packed document.
+            past_key_values (`Cache`, *optional*): What was read before.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Text embeddings instead of `input_ids`; images need `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Pictures in [-1, 1], encoded here with the frozen VAE.
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                Images that are encoded already; noised already where `timesteps` says so.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                Height and width of each image in latent pixels, where they differ.
+            timesteps (`torch.Tensor` of shape `(num_images,)`, *optional*): Defaults to clean images.
+            use_cache (`bool`, *optional*): Whether to return `past_key_values`.
+            kwargs: Passed on to the attention.
+
+        Returns:
+            [`TransfusionModelOutput`]
+
+        Raises:
+            ValueError: If images and placeholders do not match, or packed documents would see each other.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        refuse_leaky_packing(position_ids, attention_mask, past_key_values, use_cache)
+        images = None
+        if latents is None and pixel_values is not None:
+            latents = self.encode_pixels(pixel_values)
+        if latents is not None:
+            if timesteps is None:
+                timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
+            patches, groups = self.read_images(latents.to(inputs_embeds.dtype), timesteps, image_sizes)
+            is_image = input_ids == self.config.image_token_id
+            torch_compilable_check(
+                is_image.sum() == len(patches),
+                lambda: f"`input_ids` holds {int(is_image.sum())} image placeholders, the images {len(patches)} patches.",
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], patches.to(inputs_embeds.dtype))
+            block_ids = image_block_ids(is_image)
+            # A stable sort finds the patches without asking the device how many there are.
+            patch_index = torch.argsort((~is_image).flatten().to(torch.uint8), stable=True)[: len(patches)]
+            images = ImageStates(groups, timesteps, patch_index)
+            attention_mask = self.create_masks(
+                inputs_embeds, attention_mask, past_key_values, position_ids, block_ids
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return TransfusionModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            images=images,
+        )
+
+
+def refuse_leaky_packing(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: Cache | None, use_cache: bool | None
+) -> None:
+    """Refuses packed documents that the library's masks would let see each other.
+
+    Raises:
+        ValueError: If positions restart within a row while a mask or a cache hides that from the library.
+    """
+    if position_ids is None or position_ids.shape[-1] == 1 or (attention_mask is None and past is None and not use_cache):
+        return
+    restarts = position_ids[..., 1:] < position_ids[..., :-1]
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, -position_ids.shape[-1] :].bool()
+        restarts = restarts & real[:, 1:] & real[:, :-1]
+    torch_compilable_check(
+        ~restarts.any(),
+        "`position_ids` restart within a row (packed documents), but `attention_mask`, `past_key_values` or `use_cache` "
+        "is given, with which the documents would see each other. Leave them out and pass `use_cache=False`.",
+    )
+
+
+class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, TransfusionGenerationMixin):
+    """Transfusion with its language head: trains on both losses, writes text, draws images.
+
+    Args:
+        config (`TransfusionConfig`): Sizes of all parts.
+
+    Source: Transfusion (arXiv 2408.11039), sections 3 and 4.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+
+    def __init__(self, config: TransfusionConfig) -> None:
+        super().__init__(config)
+        self.model = TransfusionModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.noise_process = NoiseProcess(config)
+        self.post_init()
+
+    @property
+    def vae(self) -> AutoencoderKL | None:
+        """The frozen image tokenizer, `None` where the model works on raw pixels."""
+        return self.model.vae
+
+    @classmethod
+    def from_llama(
+        cls, name_or_path: str, *, boi_token_id: int, eoi_token_id: int, image_token_id: int, **fields: Any
+    ) -> "TransfusionForConditionalGeneration":
+        """Starts from the weights of any Llama-architecture checkpoint; the image layers start at random.
+
+        Args:
+            name_or_path (`str`): Folder or Hub id of the text model.
+            boi_token_id (`int`): Id of the token that opens an image; grown into the vocabulary where it is larger.
+            eoi_token_id (`int`): Id of the token that closes an image, likewise.
+            image_token_id (`int`): Id of the patch placeholder, likewise.
+            fields (*optional*): Other fields of [`TransfusionConfig`].
+
+        Returns:
+            `TransfusionForConditionalGeneration`: its text-only logits equal the text model's.
+
+        Raises:
+            ValueError: If the checkpoint is no Llama-style decoder.
+        """
+        from transformers import AutoModelForCausalLM
+
+        text_model = AutoModelForCausalLM.from_pretrained(name_or_path)
+        if text_model.config.model_type != "llama":
+            raise ValueError(
+                f"`name_or_path`={name_or_path!r} holds a {text_model.config.model_type!r} model; give a 'llama' one."
+            )
+        needed = max(boi_token_id, eoi_token_id, image_token_id) + 1
+        if needed > text_model.config.vocab_size:
+            text_model.resize_token_embeddings(needed)
+        config = TransfusionConfig(
+            text_config=text_model.config,
+            boi_token_id=boi_token_id,
+            eoi_token_id=eoi_token_id,
+            image_token_id=image_token_id,
+            **fields,
+        )
+        model = cls(config)
+        model.model.language_model.load_state_dict(text_model.model.state_dict())
+        model.lm_head.load_state_dict(text_model.lm_head.state_dict())
+        model.generation_config = text_model.generation_config
+        return model.to(text_model.dtype)
+
+    def timestep_sampler(self) -> Callable[..., torch.Tensor]:
+        """Returns a picklable function that draws the training timesteps this model is trained at."""
+        return partial(
+            sample_timesteps,
+            prediction_type=self.config.prediction_type,
+            timestep_sampling=self.config.timestep_sampling,
+            num_train_timesteps=self.config.num_train_timesteps,
+        )
+
+    def text_targets(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Aligns labels with the positions that predict them.
+
+        No target where the input opens an image (the image follows, not text) and none across documents.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, sequence_length)`: the next token, -100 where there is none.
+
+        Source: Transfusion, section 3, footnote on BOI.
+        """
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        targets = targets.masked_fill(input_ids == self.config.boi_token_id, -100)
+        if position_ids is not None:
+            starts = F.pad(position_ids[:, 1:] == 0, (0, 1))
+            targets = targets.masked_fill(starts, -100)
+        return targets
+
+    def count_targets(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Counts what the two losses of a batch are means over.
+
+        Summed over micro-batches and processes and given to `forward`, the counts make accumulation and data
+        parallelism equal to one big batch.
+
+        Args:
+            batch (`dict`): Keyword arguments of `forward`.
+
+        Returns:
+            `dict`: `num_items_in_batch`, the text targets, and `num_images_in_batch`, the images to denoise.
+        """
+        targets = self.text_targets(batch["input_ids"], batch["labels"], batch.get("position_ids"))
+        num_images = torch.zeros((), dtype=torch.long, device=targets.device)
+        if (latents := batch.get("latents", batch.get("pixel_values"))) is not None:
+            clean = batch.get("clean_images")
+            num_images += len(latents) if clean is None else (~clean).sum()
+        return {"num_items_in_batch": (targets != -100).sum(), "num_images_in_batch": num_images}
+
+    def _text_loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Cross-entropy at the positions that have a target, the only ones whose logits are computed."""
+        index = (targets.flatten() != -100).nonzero().flatten()
+        logits = self.lm_head(hidden.flatten(0, 1)[index]).float()
+        total = F.cross_entropy(logits, targets.flatten()[index], reduction="sum")
+        return total / (max(len(index), 1) if num_items is None else num_items)
+
+    def _predict_images(self, hidden: torch.Tensor, images: ImageStates, shape: torch.Size) -> torch.Tensor:
+        """Turns the hidden states of the patches into predictions, padded like the latents of `shape`."""
+        vectors = hidden.flatten(0, 1)[images.patch_index]  # (sum of P, D)
+        if len(images.groups) == 1 and images.groups[0][1] == tuple(shape[-2:]):
+            _, size, skips = images.groups[0]
+            return self.model.patch_out(vectors.unflatten(0, (shape[0], -1)), images.timesteps, skips, size)
+        lengths = [0] * shape[0]
+        for index, (height, width), _ in images.groups:
+            for image in index.tolist():
+                lengths[image] = height * width // self.config.patch_size**2
+        pieces = vectors.split(lengths)
+        prediction = hidden.new_zeros(shape)
+        for index, (height, width), skips in images.groups:
+            group = torch.stack([pieces[image] for image in index.tolist()])
+            predicted = self.model.patch_out(group, images.timesteps[index], skips, (height, width))
+            prediction[index, :, :height, :width] = predicted.to(prediction.dtype)
+        return prediction
+
+    def _image_loss(
+        self,
+        prediction: torch.Tensor,
+        target: torch.Tensor,
+        images: ImageStates,
+        clean_images: torch.Tensor | None,
+        num_images: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Squared error, a mean over each image's own elements, then over the images that were noised."""
+        errors = (prediction.float() - target.float()).square()
+        per_image = errors.new_zeros(len(errors))
+        for index, (height, width), _ in images.groups:
+            per_image[index] = errors[index, :, :height, :width].mean((1, 2, 3))
+        if clean_images is not None:
+            per_image = per_image.masked_fill(clean_images, 0.0)
+            num_images = (~clean_images).sum().clamp(min=1) if num_images is None else num_images
+        return per_image.sum() / (len(errors) if num_images is None else num_images)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        timesteps: torch.Tensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        clean_images: torch.BoolTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_images_in_batch: torch.Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TransfusionOutput:
+        r"""Reads text and images; with `labels`, noises the images and returns the loss of both.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): See [`TransfusionModel`].
+            attention_mask (`torch.Tensor`, *optional*): See [`TransfusionModel`].
+            position_ids (`torch.LongTensor`, *optional*): See [`TransfusionModel`].
+            past_key_values (`Cache`, *optional*): See [`TransfusionModel`].
+            inputs_embeds (`torch.FloatTensor`, *optional*): See [`TransfusionModel`].
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                `input_ids` with -100 where there is nothing to predict; shifted here.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*): In [-1, 1].
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*): Clean latents.
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): In latent pixels.
+            timesteps (`torch.Tensor` of shape `(num_images,)`, *optional*):
+                How much noise to add. Drawn here if left out while there are labels; without labels images stay clean.
+            noise (`torch.FloatTensor` of the shape of the latents, *optional*): Drawn here if left out.
+            clean_images (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
+                True where an image is context: neither noised nor counted in the loss.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): See `count_targets`; defaults to this batch's.
+            num_images_in_batch (`int` or `torch.Tensor`, *optional*): Likewise for the images.
+            use_cache (`bool`, *optional*): Defaults to `False` with labels, else to the configuration's.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions to score, 0 for all.
+            kwargs: Passed on to the attention.
+
+        Returns:
+            [`TransfusionOutput`]
+
+        Raises:
+            ValueError: If images and placeholders do not match, or packed documents would see each other.
+
+        Source: Transfusion, equation 4: `L = L_LM + lambda * L_DDPM`.
+        """
+        if use_cache is None:
+            use_cache = labels is None and self.config.text_config.use_cache
+        if latents is None and pixel_values is not None:
+            latents = self.model.encode_pixels(pixel_values)
+        inputs, target = latents, None
+        if latents is not None and (labels is not None or timesteps is not None):
+            if timesteps is None:
+                timesteps = self.timestep_sampler()(len(latents)).to(latents.device)
+            noise = torch.randn_like(latents) if noise is None else noise
+            inputs = self.noise_process.add_noise(latents, noise, timesteps)
+            target = self.noise_process.target(latents, noise, timesteps)
+            if clean_images is not None:
+                inputs = torch.where(clean_images[:, None, None, None], latents, inputs)
+                timesteps = torch.where(clean_images, CLEAN_TIMESTEP, timesteps)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            latents=inputs,
+            image_sizes=image_sizes,
+            timesteps=timesteps,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = text_loss = image_loss = logits = noise_pred = None
+        if labels is None or not self.training:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if target is not None:
+            noise_pred = self._predict_images(hidden, outputs.images, latents.shape)
+        if labels is not None:
+            targets = self.text_targets(input_ids, labels, position_ids)
+            loss = text_loss = self._text_loss(hidden, targets, num_items_in_batch)
+            if target is not None:
+                image_loss = self._image_loss(noise_pred, target, outputs.images, clean_images, num_images_in_batch)
+                loss = text_loss + self.config.diffusion_loss_weight * image_loss
+        return TransfusionOutput(
+            loss=loss,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            logits=logits,
+            noise_pred=noise_pred,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["TransfusionForConditionalGeneration", "TransfusionModel", "TransfusionPreTrainedModel"]
