@@ -1,1 +1,88 @@
-"""hf_mm."""
+"""Early-fusion text and image models for the Hugging Face ecosystem.
+
+Importing the package makes its families known to transformers and diffusers, so that `AutoModel`, `AutoProcessor`,
+`DiffusionPipeline` and `pipeline("text-to-image")` find them.
+
+- `hf_mm.transfusion`: Transfusion (arXiv 2408.11039), diffusion on image patches and next-token loss on text.
+- `hf_mm.text_to_image`: the transformers pipeline for the task "text-to-image".
+- `hf_mm.data`: rows in, tensors out: formats, captions, embedded scenes, encoding, packing, collation.
+- `hf_mm.training`: recipes, loop, optimizer, checkpoints.
+- `hf_mm.evaluation`: scores that take arrays and callables.
+- `hf_mm.hub`: a finished model as a Hub repo folder.
+- `hf_mm.cli`: the command `hf-mm`.
+"""
+
+import diffusers
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from . import transfusion
+from .text_to_image import DEFAULT_CHECKPOINT, TextToImagePipeline
+from .transfusion import (
+    TransfusionConfig,
+    TransfusionForConditionalGeneration,
+    TransfusionImageProcessor,
+    TransfusionModel,
+    TransfusionPipeline,
+    TransfusionProcessor,
+)
+
+
+__version__ = "0.1.0"
+
+
+def _register_transfusion() -> None:
+    """Makes Transfusion known to transformers' Auto classes and to diffusers."""
+    AutoConfig.register("transfusion", TransfusionConfig, exist_ok=True)
+    AutoModel.register(TransfusionConfig, TransfusionModel, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(TransfusionConfig, TransfusionForConditionalGeneration, exist_ok=True)
+    AutoImageProcessor.register(
+        TransfusionConfig, image_processor_classes={"pil": TransfusionImageProcessor}, exist_ok=True
+    )
+    AutoProcessor.register(TransfusionConfig, TransfusionProcessor, exist_ok=True)
+    # Pipelines of transformers check a model's class name against these tables.
+    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        names["transfusion"] = "TransfusionForConditionalGeneration"
+    # diffusers looks a pipeline and its components up by the name of their folder.
+    diffusers.TransfusionPipeline = TransfusionPipeline
+    diffusers.pipelines.transfusion = transfusion
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["transfusion"] = TransfusionPipeline
+
+
+def _register_text_to_image() -> None:
+    """Adds the task "text-to-image" to transformers' pipelines."""
+    PIPELINE_REGISTRY.register_pipeline(
+        "text-to-image",
+        pipeline_class=TextToImagePipeline,
+        pt_model=AutoModelForMultimodalLM,
+        default={"model": (str(DEFAULT_CHECKPOINT), "main")},
+        type="multimodal",
+    )
+
+
+_register_transfusion()
+_register_text_to_image()
+
+__all__ = [
+    "TextToImagePipeline",
+    "TransfusionConfig",
+    "TransfusionForConditionalGeneration",
+    "TransfusionImageProcessor",
+    "TransfusionModel",
+    "TransfusionPipeline",
+    "TransfusionProcessor",
+]

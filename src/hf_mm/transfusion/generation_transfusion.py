@@ -118,6 +118,10 @@ class TransfusionGenerationMixin(GenerationMixin):
         """Ids that text must not contain."""
         return [self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id]
 
+    def default_scheduler(self) -> SchedulerMixin:
+        """Builds the scheduler that fits what this model predicts."""
+        return build_scheduler(self.config)
+
     def decode_image_tokens(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes what `generate(generation_mode="image")` returned.
 
@@ -281,7 +285,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         """
         scale = self.config.image_guidance_scale if guidance_scale is None else guidance_scale
         num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scheduler = build_scheduler(self.config) if scheduler is None else copy.deepcopy(scheduler)
+        scheduler = self.default_scheduler() if scheduler is None else copy.deepcopy(scheduler)
         check_scheduler(scheduler, self.config)
         shape = self._latent_shape(len(attention_mask), height, width)
         self._check_drawing(scale, num_steps, scheduler, latents, shape)

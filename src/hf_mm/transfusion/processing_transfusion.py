@@ -1,0 +1,161 @@
+"""Text and images to `input_ids` and `pixel_values` for Transfusion, and back; the only place that lays sequences out.
+
+A document is `<s> ... </s>` with each image as `<boi> patches <eoi>` where it stands among the text. Knows strings,
+ids and pictures; what the model makes of them, and the noise, are elsewhere.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from transformers.processing_utils import ProcessorMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .image_processing_transfusion import TransfusionImageProcessor
+
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "boi_token", "eoi_token", "image_token")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}" + "{{ image_token }}" + "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+class TransfusionProcessor(ProcessorMixin):
+    """Prepares inputs of [`TransfusionForConditionalGeneration`] and reads its outputs.
+
+    Args:
+        image_processor ([`TransfusionImageProcessor`]): Knows the picture size and the grid of patches.
+        tokenizer (`PreTrainedTokenizerFast`):
+            Has the tokens `bos`, `eos`, `pad` and the extra special tokens `boi_token`, `eoi_token`, `image_token`.
+        chat_template (`str`, *optional*): Defaults to the turns one below the other, images where they stand.
+
+    Raises:
+        ValueError: If the tokenizer lacks one of the special tokens.
+
+    Source: Transfusion (arXiv 2408.11039), section 3 (data representation).
+    """
+
+    def __init__(
+        self, image_processor: TransfusionImageProcessor, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+    ) -> None:
+        present = {**tokenizer.special_tokens_map}
+        if missing := [name for name in SPECIAL_TOKENS if not present.get(name)]:
+            raise ValueError(
+                f"`tokenizer` lacks the special tokens {missing}. Train one with recipes/train_text_tokenizer.py, or "
+                "pass `extra_special_tokens={'boi_token': '<boi>', 'eoi_token': '<eoi>', 'image_token': '<image>'}`."
+            )
+        self.image_token = tokenizer.image_token
+        self.image_token_id = tokenizer.image_token_id
+        self._reserved = [present[name] for name in SPECIAL_TOKENS if name != "image_token"]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.tokenizer.padding_side = "left"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that a call returns."""
+        return ["input_ids", "attention_mask", "pixel_values", "image_sizes"]
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        """Refuses text that spells a special token; `<image>` alone is meant, and stands for a picture."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        for index, sample in enumerate(text or []):
+            self._refuse_reserved(f"`text`[{index}]", sample)
+
+    def _refuse_reserved(self, field: str, text: str) -> None:
+        """Refuses literal special tokens in `text`."""
+        for token in self._reserved:
+            if token in text:
+                raise ValueError(f"{field}={text!r} contains the special token {token!r}. Write it differently.")
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, None, None]:
+        """Lists the prompts; pictures without text become prompts of their own."""
+        if text is None and images is not None:
+            pictures = images if isinstance(images, list | tuple) else [images]
+            text = [self.image_token * (len(picture) if isinstance(picture, list | tuple) else 1) for picture in pictures]
+        images, text, *_ = super().prepare_inputs_layout(images=images, text=text, **kwargs)
+        return images, text, None, None
+
+    def get_text_with_replacements(self, text: list[str], *replacements: Any, **kwargs: Any) -> tuple[list[str], list[Any]]:
+        """Expands the pictures, then opens every prompt with the beginning of a document."""
+        text, offsets = super().get_text_with_replacements(text, *replacements, **kwargs)
+        return [self.tokenizer.bos_token + sample for sample in text], offsets
+
+    def num_patches(self, height: int, width: int) -> int:
+        """Patches of an image of `height` by `width` latent pixels."""
+        return height * width // self.image_processor.patch_size**2
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """Returns the tokens that stand for one picture."""
+        if "image_sizes" in image_inputs:
+            height, width = image_inputs["image_sizes"][image_idx]
+        else:
+            stride = self.image_processor.vae_stride
+            height, width = (side // stride for side in image_inputs["pixel_values"][image_idx].shape[-2:])
+        patches = self.image_token * self.num_patches(int(height), int(width))
+        return f"{self.tokenizer.boi_token}{patches}{self.tokenizer.eoi_token}"
+
+    def encode_document(self, content: list[dict[str, Any]]) -> dict[str, list[int]]:
+        """Lays a training document out.
+
+        Args:
+            content (`list[dict]`):
+                Parts in order: `{"type": "text", "text": str}` or `{"type": "image", "size": (height, width)}` in
+                latent pixels.
+
+        Returns:
+            `dict`: `input_ids` and `labels`. The image-opening token is a target, for the model decides where to draw;
+            the closing one and the patches are not.
+
+        Raises:
+            ValueError: If a text spells a special token or a part has no known type.
+        """
+        tokenizer = self.tokenizer
+        input_ids, labels = [tokenizer.bos_token_id], [-100]
+        for part in content:
+            if part["type"] == "text":
+                self._refuse_reserved("`text`", part["text"])
+                if self.image_token in part["text"]:
+                    raise ValueError(f"`text`={part['text']!r} contains the special token {self.image_token!r}.")
+                ids = tokenizer(part["text"], add_special_tokens=False)["input_ids"]
+                input_ids += ids
+                labels += ids
+            elif part["type"] == "image":
+                length = self.num_patches(*part["size"])
+                input_ids += [tokenizer.boi_token_id, *[self.image_token_id] * length, tokenizer.eoi_token_id]
+                labels += [tokenizer.boi_token_id, *[-100] * (length + 1)]
+            else:
+                raise ValueError(f"`type`={part['type']!r} of a document part is not one of 'text', 'image'.")
+        return {"input_ids": [*input_ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
+
+    def post_process_images(self, pixels: torch.Tensor, output_type: str = "pil") -> Any:
+        """Turns decoded pictures into the form asked for.
+
+        Args:
+            pixels (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): In [-1, 1].
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"`, the latter two in [0, 1].
+
+        Returns:
+            `list[PIL.Image.Image]`, `np.ndarray` of shape `(num_images, height, width, 3)` or `torch.Tensor`.
+        """
+        return VaeImageProcessor(do_resize=False).postprocess(pixels.float(), output_type=output_type)
+
+    def post_process_multimodal_output(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
+    ) -> list[str] | list[Image.Image]:
+        """Turns what `generate` returned into strings, or with `generation_mode="image"` into pictures."""
+        if generation_mode == "image":
+            return self.post_process_images(generated_outputs)
+        return super().post_process_multimodal_output(
+            generated_outputs, skip_special_tokens=skip_special_tokens, generation_mode=generation_mode, **kwargs
+        )
+
+
+__all__ = ["TransfusionProcessor"]
