@@ -1,1 +1,1 @@
-"""hf_mm."""
+"""Training: recipes, the loop, the optimizer and checkpoints. Knows losses and steps, not modalities."""

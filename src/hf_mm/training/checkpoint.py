@@ -1,0 +1,287 @@
+"""Checkpoints of a run: saved whole or not at all, found again, and resumed exactly.
+
+Knows files, an `Accelerator`, and the parts of a run. Does not know what is trained, on which data.
+
+A checkpoint `checkpoint-N` holds what accelerate saves (weights as safetensors, optimizer, random states), the moving
+average as `ema.safetensors`, schedule and progress, and `checkpoint.json`: the step, the recipe, and the size of every
+file. It is written under another name and renamed at the end, so a crash leaves at most a folder that ends in `.tmp`.
+Nothing that is read back can run code: all pickles are loaded as weights only.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .loop import TrainingProgress
+from .optimization import TrainingParts
+from .recipe import TrainingRecipe
+
+
+MANIFEST_NAME = "checkpoint.json"
+STATE_NAME = "training_state.pt"
+# Fields that may change between launches: they move no weight. Batch and accumulation are compared as one product.
+FREE_FIELDS = frozenset(
+    "output_dir per_device_train_batch_size gradient_accumulation_steps logging_steps save_steps save_total_limit "
+    "eval_steps sample_steps resume_from_checkpoint push_to_hub report_to max_train_seconds gradient_checkpointing "
+    "torch_compile dataloader_num_workers".split()
+)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Tells whether a folder is a whole checkpoint: its manifest can be read, and every file has its size.
+
+    Args:
+        folder (`str` or `Path`): A folder as `Checkpoints.save` writes it.
+
+    Returns:
+        `bool`: False also where the folder does not exist.
+
+    """
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["file_sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Lists the whole checkpoints of a run, oldest step first.
+
+    Args:
+        output_dir (`str` or `Path`): The run's folder.
+
+    Returns:
+        `list[Path]`: Folders `checkpoint-N`; half-written and damaged ones are left out.
+
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if is_complete(path)), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+class Checkpoints:
+    """Saves and resumes one run.
+
+    Args:
+        accelerator (`Accelerator`): Holds the prepared model and optimizer.
+        parts (`TrainingParts`): From `prepare_training`.
+        progress (`TrainingProgress`): The loop's progress, set by `resume`.
+        recipe (`TrainingRecipe`): The run.
+        identity (`Mapping[str, Any]`, *optional*): Further fields that decide what is trained on what, such as
+            `asdict(model_recipe) | asdict(data_recipe)`. A checkpoint with other values is refused.
+
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        parts: TrainingParts,
+        progress: TrainingProgress,
+        recipe: TrainingRecipe,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keeps the parts; touches no file."""
+        self.accelerator, self.parts, self.progress, self.recipe = accelerator, parts, progress, recipe
+        self.output_dir = Path(recipe.output_dir)
+        rows_per_step = (
+            recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+        )
+        fixed = {name: value for name, value in asdict(recipe).items() if name not in FREE_FIELDS}
+        fixed["mixed_precision"] = accelerator.mixed_precision
+        # Through JSON and back, so that a saved recipe and a new one compare alike.
+        self.identity = json.loads(json.dumps({**fixed, "rows_per_step": rows_per_step, **(identity or {})}, default=str))
+        accelerator.register_save_state_pre_hook(_name_weights_without_wrappers)
+        accelerator.register_load_state_pre_hook(_load_weights_without_wrappers)
+
+    def save(self, step: int) -> None:
+        """Writes `checkpoint-<step>` whole or not at all, then drops the oldest beyond `save_total_limit`.
+
+        To be called by all processes. A checkpoint of the same step is replaced.
+
+        Args:
+            step (`int`): The step that the weights have reached.
+
+        """
+        final = self.output_dir / f"checkpoint-{step}"
+        partial = final.with_name(final.name + ".tmp")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self._save_ema(partial)
+        self.accelerator.wait_for_everyone()  # every process has written its files
+        if self.accelerator.is_main_process:
+            self._save_state(partial)
+            _seal(partial, {"step": step, "identity": self.identity})
+            _replace_folder(partial, final)
+            self._prune()
+        self.accelerator.wait_for_everyone()  # nobody reads before the folder has its name
+
+    def resume(self) -> int:
+        """Loads the checkpoint that `resume_from_checkpoint` names, if any.
+
+        Returns:
+            `int`: The step reached, 0 for a fresh start. The first batch wanted belongs to the step after it.
+
+        Raises:
+            ValueError: If the checkpoint named is not whole or belongs to another run, or if the folder holds later
+                checkpoints than the one resumed, which a next launch would mistake for this run's.
+
+        """
+        folder = self._choose()
+        step = 0 if folder is None else _step_of(folder)
+        if later := [path.name for path in list_checkpoints(self.output_dir) if _step_of(path) > step]:
+            raise ValueError(
+                f"`resume_from_checkpoint`={self.recipe.resume_from_checkpoint} starts after step {step}, but "
+                f"{self.output_dir} holds {', '.join(later)}. Delete them, or choose another `output_dir`."
+            )
+        if folder is None:
+            return 0
+        self._check_identity(folder)
+        self.accelerator.load_state(str(folder))
+        state = torch.load(folder / STATE_NAME, map_location="cpu", weights_only=True)
+        self.progress.load_state_dict(state["progress"])
+        self.parts.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self._load_ema(folder, state["ema_step"])
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"Resumed from {folder}.")
+        return step
+
+    def _choose(self) -> Path | None:
+        choice = self.recipe.resume_from_checkpoint
+        if choice == "none":
+            return None
+        if choice == "auto":
+            found = list_checkpoints(self.output_dir)
+            return found[-1] if found else None
+        if not is_complete(choice):
+            raise ValueError(
+                f"`resume_from_checkpoint`={choice} is no whole checkpoint. "
+                f"Whole ones in {self.output_dir}: {[path.name for path in list_checkpoints(self.output_dir)]}."
+            )
+        return Path(choice)
+
+    def _check_identity(self, folder: Path) -> None:
+        saved = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["identity"]
+        names = sorted(saved.keys() | self.identity.keys())
+        changed = {name: (saved.get(name), self.identity.get(name)) for name in names}
+        changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+        if "max_steps" in changed:
+            old, new = changed.pop("max_steps")
+            if self.recipe.lr_scheduler_type != "constant_with_warmup":
+                self.accelerator.print(
+                    f"`max_steps` was {old} and is {new}: from here on the {self.recipe.lr_scheduler_type} schedule "
+                    "is the new one's, so the learning rate jumps."
+                )
+        if changed:
+            listed = "; ".join(f"`{name}` was {old!r} and is {new!r}" for name, (old, new) in changed.items())
+            raise ValueError(
+                f"{folder} belongs to another run: {listed}. Set the fields back, choose another `output_dir`, or "
+                "start anew there with `resume_from_checkpoint`=none."
+            )
+
+    def _save_state(self, folder: Path) -> None:
+        ema = self.parts.ema
+        state = {
+            "progress": self.progress.state_dict(),
+            "lr_scheduler": self.parts.lr_scheduler.state_dict(),
+            "ema_step": None if ema is None else ema.optimization_step,
+        }
+        torch.save(state, folder / STATE_NAME)
+
+    def _ema_file(self, folder: Path, index: int) -> Path:
+        """Names the file of this process's share: everything, or its shards where the weights are sharded."""
+        return folder / ("ema.safetensors" if index == 0 else f"ema_{index}.safetensors")
+
+    def _save_ema(self, folder: Path) -> None:
+        if self.parts.ema is None:
+            return
+        shadow = self.parts.ema.shadow_params
+        is_sharded = isinstance(shadow[0], DTensor)
+        if is_sharded or self.accelerator.is_main_process:
+            tensors = {str(number): _local(tensor).contiguous() for number, tensor in enumerate(shadow)}
+            save_file(tensors, self._ema_file(folder, self.accelerator.process_index))
+
+    def _load_ema(self, folder: Path, ema_step: int | None) -> None:
+        if self.parts.ema is None or ema_step is None:
+            return
+        shadow = self.parts.ema.shadow_params
+        index = self.accelerator.process_index if isinstance(shadow[0], DTensor) else 0
+        saved = load_file(self._ema_file(folder, index))
+        for number, tensor in enumerate(shadow):
+            _local(tensor).copy_(saved[str(number)])
+        self.parts.ema.optimization_step = ema_step
+
+    def _prune(self) -> None:
+        limit = self.recipe.save_total_limit
+        for folder in list_checkpoints(self.output_dir)[: -limit if limit else 0]:
+            doomed = folder.with_name(folder.name + ".tmp")  # a crash while deleting must not leave half a checkpoint
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _name_weights_without_wrappers(models: list[nn.Module], weights: list[dict[str, Any]], output_dir: str) -> None:
+    """Strips the prefix of `DistributedDataParallel`, so that another number of processes can load the weights."""
+    for model, state in zip(models, weights, strict=False):  # accelerate passes no weights where it shards them
+        if model is not extract_model_from_parallel(model):
+            for name in list(state):
+                state[name.removeprefix("module.")] = state.pop(name)
+
+
+def _load_weights_without_wrappers(models: list[nn.Module], input_dir: str) -> None:
+    """Loads the weights into the bare models, and takes the models off the list of what accelerate still loads."""
+    for number, model in enumerate(models):
+        name = "model.safetensors" if number == 0 else f"model_{number}.safetensors"
+        load_model(extract_model_from_parallel(model), Path(input_dir) / name)
+    models.clear()
+
+
+def _seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Flushes every file to disk and writes the manifest that makes the folder a checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    manifest_path = folder / MANIFEST_NAME
+    manifest_path.write_text(json.dumps({**manifest, "file_sizes": sizes}, indent=1), encoding="utf-8")
+    for path in [*files, manifest_path, folder]:
+        _flush(path)
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    if target.exists():
+        old = target.with_name(target.name + ".old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        source.rename(target)
+        shutil.rmtree(old)
+    else:
+        source.rename(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
