@@ -71,18 +71,18 @@ def test_accumulation_equals_one_big_batch(tmp_path: Path) -> None:
     assert len(set(losses(tmp_path / "whole"))) == 6
 
 
-@pytest.mark.parametrize("images_on_first_process_only", [False, True])
-def test_two_processes_with_half_the_batch_equal_one(tmp_path: Path, images_on_first_process_only: bool) -> None:
-    fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    done = launch(tmp_path / "two", 2, images_on_first_process_only=images_on_first_process_only, **fields)
+def test_two_processes_of_which_one_has_no_images_equal_one(tmp_path: Path) -> None:
+    toy = {"images_of_even_rows_only": True}
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 3}
+    done = launch(tmp_path / "two", 2, **halves, **toy)
     assert done.returncode == 0, done.stderr
     end = torch.load(tmp_path / "two" / "end.pt")
     assert end["num_processes"] == 2
-    entries = read_history(tmp_path / "two" / "history.jsonl")
-    assert entries[-1]["num_images_seen"] == (24 if images_on_first_process_only else 48)
-    if not images_on_first_process_only:
-        assert_same_weights(run_here(tmp_path / "one"), end["weights"], 1e-6)
-        assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-6)
+    assert read_history(tmp_path / "two" / "history.jsonl")[-1]["num_images_seen"] == 24
+    assert_same_weights(run_here(tmp_path / "one", toy), end["weights"], 1e-6)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-6)
+    middle = str(tmp_path / "two" / "checkpoint-3")
+    assert_same_weights(run_here(tmp_path / "resumed", toy, resume_from_checkpoint=middle), end["weights"], 1e-6)
 
 
 def test_loss_that_is_not_finite_stops_and_saves_the_batch(tmp_path: Path) -> None:
@@ -93,10 +93,11 @@ def test_loss_that_is_not_finite_stops_and_saves_the_batch(tmp_path: Path) -> No
     assert len(losses(tmp_path)) == 2
 
 
-def test_sigterm_finishes_the_step_and_saves(tmp_path: Path) -> None:
-    done = launch(tmp_path, signal_at_step=3, max_steps=50)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert "Stopped by SIGTERM after step 4 of 50" in done.stdout
+def test_sigterm_finishes_the_step_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_here(tmp_path, {"signal_at_step": 3}, max_steps=50)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM after step 4 of 50" in capsys.readouterr().out
     assert (tmp_path / "checkpoint-4" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

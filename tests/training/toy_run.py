@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,7 +27,7 @@ class ToyRecipe:
     kill_at_step: int | None = None
     signal_at_step: int | None = None
     nan_at_step: int | None = None
-    images_on_first_process_only: bool = False
+    images_of_even_rows_only: bool = False  # in two processes, the second one then has no images at all
 
 
 @dataclass
@@ -77,7 +77,8 @@ def make_row(number: int) -> dict[str, torch.Tensor]:
     input_ids = torch.randint(VOCABULARY, (LENGTH,), generator=generator)
     labels = input_ids.clone()
     labels[: number % LENGTH] = -100  # rows differ in their number of targets
-    return {"input_ids": input_ids, "labels": labels, "images": torch.randn(3, generator=generator)}
+    images = torch.randn(3, generator=generator)
+    return {"input_ids": input_ids, "labels": labels, "images": images, "number": torch.tensor(number)}
 
 
 def make_batches(recipe: TrainingRecipe, toy: ToyRecipe, first_step: int, rank: int, world: int) -> Iterator[dict]:
@@ -88,15 +89,20 @@ def make_batches(recipe: TrainingRecipe, toy: ToyRecipe, first_step: int, rank: 
         for start in range(0, len(numbers), recipe.per_device_train_batch_size):
             rows = [make_row(number) for number in numbers[start : start + recipe.per_device_train_batch_size]]
             batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            if toy.images_on_first_process_only and rank > 0:
+            if toy.images_of_even_rows_only:
                 del batch["images"]
+                images = [row["images"] for row in rows if row["number"] % 2 == 0]
+                batch |= {"images": torch.stack(images)} if images else {}
+            del batch["number"]
             if step + 1 == toy.nan_at_step and rank == 0:
                 batch["images"][0, 0] = float("nan")
             yield batch
         step += 1
 
 
-def start(recipe: TrainingRecipe, toy: ToyRecipe) -> tuple[Accelerator, TrainingParts, str]:
+def start(
+    recipe: TrainingRecipe, toy: ToyRecipe, every: tuple[tuple[int, Callable], ...] = ()
+) -> tuple[Accelerator, TrainingParts, str]:
     accelerator = build_accelerator(recipe)
     parts = prepare_training(accelerator, ToyModel(toy.dropout), recipe)
     progress = TrainingProgress()
@@ -120,7 +126,7 @@ def start(recipe: TrainingRecipe, toy: ToyRecipe) -> tuple[Accelerator, Training
         count_targets=count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(1, hurt)],
+        every=[(1, hurt), *every],
     )
     return accelerator, parts, reason
 

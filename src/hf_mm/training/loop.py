@@ -278,7 +278,7 @@ def _noticed_signals() -> Iterator[list[str]]:
 
     def notice(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])  # a second one has its usual effect
 
     previous = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -39,7 +39,7 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
         SystemExit: If the command line itself is malformed, as `argparse` does.
 
     """
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser = HfArgumentParser(list(dataclass_types), allow_abbrev=False)  # type: ignore[arg-type]
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # the first action of a field; `--no_x` of a boolean comes second

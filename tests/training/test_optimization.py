@@ -1,0 +1,88 @@
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_mm.training.optimization import (
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    ema_weights,
+    prepare_training,
+    trainable_parameters,
+)
+from hf_mm.training.recipe import TrainingRecipe
+
+
+def make_model() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    model[2].requires_grad_(False)
+    return model
+
+
+def rates(recipe: TrainingRecipe, num_steps: int) -> list[float]:
+    optimizer = build_optimizer(make_model(), recipe)
+    scheduler = build_lr_scheduler(optimizer, recipe)
+    seen = []
+    for _ in range(num_steps):
+        seen.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_only_trainable_matrices_decay() -> None:
+    model = make_model()
+    optimizer = build_optimizer(model, TrainingRecipe(weight_decay=0.3))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    assert {id(p) for p in plain["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
+
+
+def test_cosine_warms_up_and_ends_at_the_floor() -> None:
+    recipe = TrainingRecipe(learning_rate=3e-4, min_learning_rate=1.5e-5, warmup_steps=10, max_steps=110)
+    seen = rates(recipe, 112)
+    assert seen[0] == 0 and seen[5] == pytest.approx(1.5e-4) and seen[10] == pytest.approx(3e-4)
+    assert seen[60] == pytest.approx((3e-4 + 1.5e-5) / 2)
+    assert seen[110] == pytest.approx(1.5e-5) and min(seen[10:]) == pytest.approx(1.5e-5)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("linear", 0.0), ("constant_with_warmup", 1e-3)])
+def test_other_schedules(kind: str, last: float) -> None:
+    recipe = TrainingRecipe(learning_rate=1e-3, lr_scheduler_type=kind, warmup_steps=2, max_steps=7)
+    assert rates(recipe, 8)[7] == pytest.approx(last)
+
+
+def test_ema_weights_are_swapped_in_and_back_even_after_an_error() -> None:
+    model = make_model()
+    ema = build_ema(model, TrainingRecipe(ema_decay=0.5))
+    trained = [p.detach().clone() for p in model.parameters()]
+    average = [torch.full_like(p, 0.25) for p in ema.shadow_params]
+    ema.shadow_params = [p.clone() for p in average]
+    with pytest.raises(KeyError), ema_weights(ema, trainable_parameters(model)):
+        inside = trainable_parameters(model)
+        assert all(torch.equal(p, q) for p, q in zip(inside, average, strict=True))
+        raise KeyError("inside")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), trained, strict=True))
+
+
+def test_ema_weights_refuses_other_parameters() -> None:
+    model = make_model()
+    ema = build_ema(model, TrainingRecipe(ema_decay=0.5))
+    with pytest.raises(ValueError, match="6 entries, but the average holds 4"), ema_weights(ema, model.parameters()):
+        pass
+
+
+def test_without_ema_the_weights_stay() -> None:
+    model = make_model()
+    assert build_ema(model, TrainingRecipe()) is None
+    with ema_weights(None, model.parameters()):
+        pass
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build_optimizer(make_model().requires_grad_(False), TrainingRecipe())
+    with pytest.raises(ValueError, match="`gradient_checkpointing`=True, but Sequential"):
+        prepare_training(Accelerator(cpu=True), make_model(), TrainingRecipe(gradient_checkpointing=True))
