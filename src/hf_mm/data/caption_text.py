@@ -56,7 +56,7 @@ def remove_boilerplate(text: str, patterns: Sequence[re.Pattern[str]]) -> str:
         return text
     cleaned = re.sub(r"\(\s*\)|\[\s*\]", " ", cleaned)
     cleaned = re.sub(r"\s+([,.;:!?])", r"\1", collapse_whitespace(cleaned))
-    cleaned = re.sub(r"([,.;:|])(?:\s*[,.;:|])+", r"\1", cleaned)
+    cleaned = re.sub(r"(?:[,.;:|]\s*)+([,.;:|])", r"\1", cleaned)
     return re.sub(r"(?:\s[-–—|]|[,;:|\s])+$|^(?:[-–—]\s|[,.;:|\s])+", "", cleaned)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 RGB = tuple[int, int, int]
 GlyphRenderer = Callable[[str, int], np.ndarray]
 
-MATCH_THRESHOLD = 0.75  # overlap below which an outline counts as no glyph; true ones reach 0.84 even blurred at 32 px
+MATCH_THRESHOLD = 0.75  # overlap below which an outline is no glyph; simple ones keep 0.84 when blurred at 32 px
 COLOR_TOLERANCE = 70.0  # distance in RGB beyond which a piece, or a background, counts as no named colour
 POSITION_THRESHOLD = 0.1  # GenEval's evaluation code: share of the joint extent that an offset must exceed
 

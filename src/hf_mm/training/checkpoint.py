@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from accelerate import Accelerator
 
 from .loop import TrainingProgress
 from .optimization import TrainingParts

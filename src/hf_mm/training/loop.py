@@ -16,11 +16,12 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device, tqdm
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from accelerate import Accelerator
 
 from .history import append_history, draw_loss_curves, read_history, truncate_history
 from .optimization import TrainingParts, trainable_parameters

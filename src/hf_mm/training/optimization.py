@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
+
+from accelerate import Accelerator
 
 from .recipe import TrainingRecipe
 

@@ -14,9 +14,10 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
 from transformers import HfArgumentParser
+
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 
 def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:

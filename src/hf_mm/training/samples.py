@@ -31,7 +31,9 @@ def captioned_grid(
         ValueError: If there are not as many captions as pictures, or none at all.
     """
     if len(images) != len(captions) or not images:
-        raise ValueError(f"`images` has {len(images)} entries and `captions` {len(captions)}; need as many, at least 1.")
+        raise ValueError(
+            f"`images` has {len(images)} entries and `captions` {len(captions)}; need as many, at least 1."
+        )
     num_columns = min(num_columns, len(images))
     wrapped = [textwrap.wrap(caption, width=side_px // 6)[:4] for caption in captions]
     text_px = LINE_PX * max(len(lines) for lines in wrapped) + 4

@@ -5,8 +5,9 @@ Knows sizes and names only; nothing here touches a tensor.
 
 from typing import Any
 
+from diffusers import AutoencoderKL
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -80,7 +81,9 @@ class TransfusionConfig(PreTrainedConfig):
     """
 
     model_type = "transfusion"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32003})}
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32003})
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -151,6 +154,21 @@ class TransfusionConfig(PreTrainedConfig):
     def latent_channels(self) -> int:
         """Channels of a latent image (of the picture itself where there is no VAE)."""
         return self.num_channels if self.vae_config is None else self.vae_config["latent_channels"]
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes the vocabulary size and all token ids from a tokenizer with the image tokens."""
+        self.text_config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(self.text_config, name, getattr(tokenizer, name))
+        self.boi_token_id = tokenizer.boi_token_id
+        self.eoi_token_id = tokenizer.eoi_token_id
+        self.image_token_id = tokenizer.image_token_id
+        self.validate_architecture()
+
+    def set_image_tokenizer(self, name_or_path: str) -> None:
+        """Takes the configuration of a pretrained `AutoencoderKL`, a folder or a Hub id."""
+        self.vae_config = dict(AutoencoderKL.load_config(name_or_path))
+        self.validate_architecture()
 
     @classmethod
     def from_preset(cls, name: str, **fields: Any) -> "TransfusionConfig":

@@ -54,7 +54,11 @@ class TransfusionGenerationMixin(GenerationMixin):
     """`generate` for text, and for images, and for both in one answer."""
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Repeats rows for several sequences per prompt, each row taking all of its images along."""
         images = {name: kwargs.pop(name) for name in ("pixel_values", "latents", "image_sizes") if name in kwargs}
@@ -69,7 +73,9 @@ class TransfusionGenerationMixin(GenerationMixin):
         )
         return input_ids, {**model_kwargs, **images}
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """Drops the images once the cache holds them."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -341,7 +347,9 @@ class TransfusionGenerationMixin(GenerationMixin):
     def _join_unconditional(self, cache: DynamicCache, prefix_mask: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
         """Adds to each row its unconditional twin, whose two tokens are read once for all."""
         rows = len(prefix_mask)
-        prompt = torch.tensor([[self.config.text_config.bos_token_id, self.config.boi_token_id]], device=prefix_mask.device)
+        prompt = torch.tensor(
+            [[self.config.text_config.bos_token_id, self.config.boi_token_id]], device=prefix_mask.device
+        )
         uncond = self._read(prompt, torch.ones_like(prompt))
         uncond.batch_repeat_interleave(rows)
         uncond_mask = torch.zeros_like(prefix_mask)

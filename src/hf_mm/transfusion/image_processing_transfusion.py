@@ -61,7 +61,12 @@ class TransfusionImageProcessor(PilBackend):
         return np.array(image.convert("RGB"))
 
     def _preprocess(
-        self, images: list[np.ndarray], vae_stride: int, patch_size: int, return_tensors: str | None = None, **kwargs: object
+        self,
+        images: list[np.ndarray],
+        vae_stride: int,
+        patch_size: int,
+        return_tensors: str | None = None,
+        **kwargs: object,
     ) -> BatchFeature:
         """Runs the library's steps, then checks sizes against the grid and pads what differs."""
         processed = super()._preprocess(images, return_tensors=None, **kwargs)["pixel_values"]

@@ -143,6 +143,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
     Source: Transfusion (arXiv 2408.11039), section 3.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
+
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -311,16 +313,16 @@ class TransfusionModel(TransfusionPreTrainedModel):
             is_image = input_ids == self.config.image_token_id
             torch_compilable_check(
                 is_image.sum() == len(patches),
-                lambda: f"`input_ids` holds {int(is_image.sum())} image placeholders, the images {len(patches)} patches.",
+                lambda: (
+                    f"`input_ids` holds {int(is_image.sum())} image placeholders, the images {len(patches)} patches."
+                ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], patches.to(inputs_embeds.dtype))
             block_ids = image_block_ids(is_image)
             # A stable sort finds the patches without asking the device how many there are.
             patch_index = torch.argsort((~is_image).flatten().to(torch.uint8), stable=True)[: len(patches)]
             images = ImageStates(groups, timesteps, patch_index)
-            attention_mask = self.create_masks(
-                inputs_embeds, attention_mask, past_key_values, position_ids, block_ids
-            )
+            attention_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids, block_ids)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -346,7 +348,11 @@ def refuse_leaky_packing(
     Raises:
         ValueError: If positions restart within a row while a mask or a cache hides that from the library.
     """
-    if position_ids is None or position_ids.shape[-1] == 1 or (attention_mask is None and past is None and not use_cache):
+    if (
+        position_ids is None
+        or position_ids.shape[-1] == 1
+        or (attention_mask is None and past is None and not use_cache)
+    ):
         return
     restarts = position_ids[..., 1:] < position_ids[..., :-1]
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -382,6 +388,15 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
     def vae(self) -> AutoencoderKL | None:
         """The frozen image tokenizer, `None` where the model works on raw pixels."""
         return self.model.vae
+
+    def load_image_tokenizer(self, name_or_path: str) -> None:
+        """Loads the weights of the frozen `AutoencoderKL` that `config.vae_config` describes.
+
+        Args:
+            name_or_path (`str`): Folder or Hub id of the autoencoder.
+        """
+        vae = AutoencoderKL.from_pretrained(name_or_path, use_safetensors=True)
+        self.model.vae.load_state_dict(vae.state_dict())
 
     @classmethod
     def from_llama(

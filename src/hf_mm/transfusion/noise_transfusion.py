@@ -50,7 +50,9 @@ def check_scheduler(scheduler: SchedulerMixin, config: TransfusionConfig) -> Non
     if wants is None and type(scheduler).__name__.startswith("FlowMatch"):
         wants = "flow_prediction"
     if wants != config.prediction_type:
-        fitting = "a FlowMatch scheduler" if config.prediction_type == "flow_prediction" else "DDPM, DDIM or DPM-Solver"
+        fitting = (
+            "a FlowMatch scheduler" if config.prediction_type == "flow_prediction" else "DDPM, DDIM or DPM-Solver"
+        )
         raise ValueError(
             f"`scheduler`={type(scheduler).__name__} expects `prediction_type`={wants!r}, but this model predicts "
             f"{config.prediction_type!r}. Use {fitting} with that `prediction_type`."

@@ -83,7 +83,9 @@ class TransfusionPipeline(DiffusionPipeline):
         if image is not None and isinstance(image, list) != isinstance(prompt, list):
             raise ValueError("`image` and `prompt` must be both single or both lists.")
         if isinstance(image, list) and len(image) != len(prompt):
-            raise ValueError(f"`image` has {len(image)} entries and `prompt` {len(prompt)}; give one image per prompt.")
+            raise ValueError(
+                f"`image` has {len(image)} entries and `prompt` {len(prompt)}; give one image per prompt."
+            )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type`={output_type!r} is not one of {OUTPUT_TYPES}.")
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
@@ -96,7 +98,9 @@ class TransfusionPipeline(DiffusionPipeline):
         inputs = self.processor(text=text, images=images, padding=True, return_tensors="pt")
         limit = self.model.config.text_config.max_position_embeddings
         if (length := inputs["input_ids"].shape[1] + num_patches + 2) > limit:
-            raise ValueError(f"`prompt` and picture take {length} positions; the model has {limit}. Shorten the prompt.")
+            raise ValueError(
+                f"`prompt` and picture take {length} positions; the model has {limit}. Shorten the prompt."
+            )
         return {name: value.to(self._execution_device) for name, value in inputs.items()}
 
     @torch.no_grad()
@@ -184,7 +188,11 @@ class TransfusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def caption(
-        self, image: Image.Image | list[Image.Image], prompt: str = "", max_new_tokens: int = 64, **generate_kwargs: Any
+        self,
+        image: Image.Image | list[Image.Image],
+        prompt: str = "",
+        max_new_tokens: int = 64,
+        **generate_kwargs: Any,
     ) -> list[str]:
         """Describes pictures, or continues `prompt` about them.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from transformers import PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -44,7 +45,10 @@ class TransfusionProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self, image_processor: TransfusionImageProcessor, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+        self,
+        image_processor: TransfusionImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
     ) -> None:
         present = {**tokenizer.special_tokens_map}
         if missing := [name for name in SPECIAL_TOKENS if not present.get(name)]:
@@ -57,6 +61,25 @@ class TransfusionProcessor(ProcessorMixin):
         self._reserved = [present[name] for name in SPECIAL_TOKENS if name != "image_token"]
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.tokenizer.padding_side = "left"
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+    ) -> "TransfusionProcessor":
+        """Builds the processor that fits a model's picture size and patches.
+
+        Args:
+            config ([`TransfusionConfig`]): Of the model.
+            tokenizer (`PreTrainedTokenizerFast`): With the image tokens.
+            chat_template (`str`, *optional*): As above.
+        """
+        image_processor = TransfusionImageProcessor(
+            size={"shortest_edge": config.image_size},
+            crop_size={"height": config.image_size, "width": config.image_size},
+            vae_stride=config.vae_stride,
+            patch_size=config.patch_size,
+        )
+        return cls(image_processor, tokenizer, chat_template=chat_template)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -75,15 +98,21 @@ class TransfusionProcessor(ProcessorMixin):
             if token in text:
                 raise ValueError(f"{field}={text!r} contains the special token {token!r}. Write it differently.")
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, Any, None, None]:
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any, None, None]:
         """Lists the prompts; pictures without text become prompts of their own."""
         if text is None and images is not None:
             pictures = images if isinstance(images, list | tuple) else [images]
-            text = [self.image_token * (len(picture) if isinstance(picture, list | tuple) else 1) for picture in pictures]
+            text = [
+                self.image_token * (len(picture) if isinstance(picture, list | tuple) else 1) for picture in pictures
+            ]
         images, text, *_ = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         return images, text, None, None
 
-    def get_text_with_replacements(self, text: list[str], *replacements: Any, **kwargs: Any) -> tuple[list[str], list[Any]]:
+    def get_text_with_replacements(
+        self, text: list[str], *replacements: Any, **kwargs: Any
+    ) -> tuple[list[str], list[Any]]:
         """Expands the pictures, then opens every prompt with the beginning of a document."""
         text, offsets = super().get_text_with_replacements(text, *replacements, **kwargs)
         return [self.tokenizer.bos_token + sample for sample in text], offsets
@@ -148,7 +177,11 @@ class TransfusionProcessor(ProcessorMixin):
         return VaeImageProcessor(do_resize=False).postprocess(pixels.float(), output_type=output_type)
 
     def post_process_multimodal_output(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
+        self,
+        generated_outputs: Any,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs: Any,
     ) -> list[str] | list[Image.Image]:
         """Turns what `generate` returned into strings, or with `generation_mode="image"` into pictures."""
         if generation_mode == "image":

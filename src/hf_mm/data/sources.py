@@ -1,0 +1,109 @@
+"""Where a recipe's rows come from: the embedded scenes, encoded images, or any source that `load_rows` opens.
+
+Knows names of sources and columns; does not know what the rows are for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .caption_arguments import CaptionArguments
+from .caption_report import CaptionReport
+from .captions import prepare_pairs
+from .formats import Rows, load_rows
+from .icon_scenes import icon_scenes_dataset
+from .image_encoding import MANIFEST, load_encoded
+
+
+EMBEDDED = "icon_scenes:"
+
+
+@dataclass
+class DatasetArguments:
+    """The rows of a run and the names of their columns."""
+
+    dataset_name: str = field(
+        default="icon_scenes:shapes",
+        metadata={
+            "help": "icon_scenes:shapes or icon_scenes:icons; a folder of encode_images.py; an image folder, parquet or "
+            "tar files (a glob), a folder of save_to_disk, or a Hub dataset id."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to read, e.g. train or train[:1000]."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    num_scenes: int = field(default=20_000, metadata={"help": "Icon scenes to draw; ignored for other sources."})
+    image_column: str = field(default="image", metadata={"help": "Column with images."})
+    text_column: str | None = field(default=None, metadata={"help": "Column with finished captions."})
+    description_column: str | None = field(default=None, metadata={"help": "Column with descriptions."})
+    keywords_column: str | None = field(default=None, metadata={"help": "Column with keywords."})
+    categories_column: str | None = field(default=None, metadata={"help": "Column with categories."})
+    has_people_column: str | None = field(
+        default=None, metadata={"help": "Column that says whether people are shown."}
+    )
+    aesthetic_score_column: str | None = field(default=None, metadata={"help": "Column with aesthetic scores."})
+
+
+def open_rows(arguments: DatasetArguments, *, image_size: int, seed: int = 0, num_proc: int | None = None) -> Rows:
+    """Opens the rows that a recipe names.
+
+    Args:
+        arguments (`DatasetArguments`): Source and columns.
+        image_size (`int`): Pixels at which embedded scenes are drawn; other sources keep their pictures.
+        seed (`int`, defaults to 0): Of the embedded scenes.
+        num_proc (`int`, *optional*): Processes that draw them.
+
+    Returns:
+        `datasets.Dataset`: pair rows, or rows with encoded images.
+
+    Raises:
+        ValueError: If the source or a named column is not there.
+    """
+    name = arguments.dataset_name
+    if name.startswith(EMBEDDED):
+        return icon_scenes_dataset(
+            arguments.num_scenes,
+            glyph_set=name.removeprefix(EMBEDDED),
+            size_px=image_size,
+            split=arguments.dataset_split,
+            seed=seed,
+            num_proc=num_proc,
+        )
+    if (Path(name) / MANIFEST).exists():
+        return load_encoded(name)
+    return load_rows(
+        name,
+        split=arguments.dataset_split,
+        config_name=arguments.dataset_config_name,
+        image_column=arguments.image_column,
+        text_column=arguments.text_column,
+        description_column=arguments.description_column,
+        keywords_column=arguments.keywords_column,
+        categories_column=arguments.categories_column,
+        has_people_column=arguments.has_people_column,
+        aesthetic_score_column=arguments.aesthetic_score_column,
+    )
+
+
+def prepare_rows(
+    rows: Dataset,
+    arguments: DatasetArguments,
+    caption_arguments: CaptionArguments,
+    tokenizer: Callable[..., Any] | None,
+) -> tuple[Dataset, CaptionReport | None]:
+    """Cleans and filters rows as the recipe says; embedded scenes and encoded images are clean already.
+
+    Args:
+        rows (`Dataset`): From `open_rows`.
+        arguments (`DatasetArguments`): Tells the source.
+        caption_arguments (`CaptionArguments`): What to do.
+        tokenizer (`Callable`, *optional*): Counts tokens for `max_caption_tokens`.
+
+    Returns:
+        `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
+    """
+    if arguments.dataset_name.startswith(EMBEDDED) or "image" not in rows.column_names:
+        return rows, None
+    return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer)

@@ -1,0 +1,64 @@
+"""Trains the text tokenizer: byte-level BPE with the special tokens of text-and-image documents in place.
+
+Knows strings only. Any text survives encoding and decoding unchanged, since every byte is a token.
+"""
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+
+# In the order of their ids, from 0.
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "boi_token": "<boi>",
+    "eoi_token": "<eoi>",
+    "image_token": "<image>",
+}
+NUM_BYTES = 256
+MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int, *, min_frequency: int = 2) -> PreTrainedTokenizerFast:
+    """Trains byte-level BPE on texts.
+
+    Args:
+        texts (`Iterable[str]`): The texts; read once.
+        vocab_size (`int`): Largest number of tokens, special tokens and the 256 bytes included. Few or uniform texts
+            may give fewer: `len(tokenizer)` is the number there is.
+        min_frequency (`int`): How often a pair of tokens must occur to become a token.
+
+    Returns:
+        `PreTrainedTokenizerFast`: adds no special tokens by itself and pads on the left; has `boi_token`, `eoi_token`
+        and `image_token` with their ids.
+
+    Raises:
+        ValueError: If `vocab_size` has no room for the bytes and the special tokens.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"`vocab_size`={vocab_size} must be at least {MIN_VOCAB_SIZE}: {NUM_BYTES} bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    named = ("pad_token", "bos_token", "eos_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{name: SPECIAL_TOKENS[name] for name in named},
+        extra_special_tokens={name: token for name, token in SPECIAL_TOKENS.items() if name not in named},
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
