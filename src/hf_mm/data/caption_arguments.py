@@ -24,7 +24,7 @@ class CaptionArguments:
     max_caption_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Drop rows whose text alone is longer; cut keywords so that no form of caption is longer. "
+            "help": "Drop rows whose text alone is longer; cut keywords and categories so that no form is longer. "
             "Needs a tokenizer. None: no limit."
         },
     )
@@ -107,6 +107,11 @@ class CaptionArguments:
         if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
             raise ValueError(f"`max_aspect_ratio`={self.max_aspect_ratio} is longer over shorter side, at least 1.")
         self.compile_boilerplate()
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether some rows are drawn more often than others."""
+        return self.people_oversampling != 1 or self.high_aesthetic_oversampling != 1
 
     def compile_boilerplate(self) -> list[re.Pattern[str]]:
         """Compiles `boilerplate_patterns`."""

@@ -121,6 +121,11 @@ class TransfusionProcessor(ProcessorMixin):
         """Patches of an image of `height` by `width` latent pixels."""
         return height * width // self.image_processor.patch_size**2
 
+    def tokens_per_image(self) -> int:
+        """Tokens that a picture of the default size takes in a sequence, its two delimiters included."""
+        crop, stride = self.image_processor.crop_size, self.image_processor.vae_stride
+        return self.num_patches(crop["height"] // stride, crop["width"] // stride) + 2
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Returns the tokens that stand for one picture."""
         if "image_sizes" in image_inputs:

@@ -1,0 +1,99 @@
+"""What the training recipes show: sample grids, losses on held-out rows, and the finished model with its card."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from hf_mm.hub import export_folder
+from hf_mm.text_to_image import build_drawing_pipeline
+from hf_mm.training.held_out import held_out_loss
+from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
+from hf_mm.training.samples import save_captioned_grid
+
+
+CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "pretraining.md"
+LOSS_PARTS = {"text_loss": "num_items_in_batch", "image_loss": "num_images_in_batch"}
+
+
+def first_captions(rows: Dataset, num_rows: int) -> list[str]:
+    """Captions of the first rows, as prompts where a recipe names none."""
+    name = "text" if "text" in rows.column_names else "description"
+    return list(rows[:num_rows][name])
+
+
+class RunReport:
+    """Shows how far a run has come, always with the averaged weights.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        parts (`TrainingParts`): The model and its averaged weights.
+        processor (`ProcessorMixin`): Of the model.
+        prompts (`list[str]`): Of the sample grids.
+        output_dir (`Path`): Of the run.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, parts: TrainingParts, processor: Any, prompts: list[str], output_dir: Path
+    ) -> None:
+        self.accelerator, self.parts, self.processor = accelerator, parts, processor
+        self.prompts, self.output_dir = prompts, output_dir
+
+    def _averaged(self) -> Any:
+        """Puts the averaged weights in place for a `with` block."""
+        return ema_weights(self.parts.ema, trainable_parameters(self.parts.model))
+
+    def _pipeline(self) -> Any:
+        """Builds the drawing pipeline around the model as it stands."""
+        pipeline = build_drawing_pipeline(self.accelerator.unwrap_model(self.parts.model).eval(), self.processor)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def _save_grid(self, pipeline: Any, path: Path) -> None:
+        """Draws the prompts from fixed noise."""
+        images = pipeline(self.prompts, generator=torch.Generator(pipeline.device).manual_seed(0)).images
+        save_captioned_grid(images, self.prompts, path)
+
+    def draw(self, step: int) -> None:
+        """Saves a grid of samples."""
+        if self.accelerator.is_main_process:
+            path = self.output_dir / "samples" / f"step-{step:06d}.png"
+            with self._averaged():
+                self._save_grid(self._pipeline(), path)
+            print(f"\nStep {step}: samples in {path}.")
+
+    def evaluation(
+        self, batches: Callable[[], Iterator[dict[str, torch.Tensor]]], count_targets: Callable[..., Any]
+    ) -> Callable[[int], None]:
+        """Returns the action that logs the loss on held-out rows."""
+
+        def evaluate(step: int) -> None:
+            with self._averaged():
+                model = self.accelerator.unwrap_model(self.parts.model)
+                losses = held_out_loss(model, batches(), count_targets, LOSS_PARTS, self.accelerator.device)
+            self.accelerator.log({f"eval/{name}": value for name, value in losses.items()}, step=step)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            self.accelerator.print(f"\nStep {step}, held-out rows: {shown}.")
+
+        return evaluate
+
+    def export(self, facts: dict[str, Any], recipe: dict[str, Any], caption_report: str) -> None:
+        """Writes the finished model, a last grid and the card into the output folder."""
+        with self._averaged():
+            pipeline = self._pipeline()
+            self._save_grid(pipeline, self.output_dir / "samples.png")
+            export_folder(
+                pipeline,
+                self.output_dir,
+                card_template=CARD_TEMPLATE,
+                card_data={"license": "apache-2.0", "tags": ["image-to-text", pipeline.model.config.model_type]},
+                card_values={
+                    "facts": facts,
+                    "recipe": json.dumps(recipe, indent=2),
+                    "caption_report": caption_report,
+                },
+            )
