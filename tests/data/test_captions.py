@@ -256,8 +256,9 @@ def test_keywords_are_cut_so_that_every_form_fits() -> None:
         categories=[["animals"], [], [], ["a very long name of a category"]],
     )
     prepared, report = prepare_pairs(rows, CaptionArguments(max_caption_tokens=7), tokenizer=count_words)
-    assert prepared["keywords"][:] == [["pet", "soft fur"], ["pet", "soft fur", "paw"]]
-    assert report.dropped == {"too_long": 2} and report.changed == {"keywords_cut": 2}
+    assert prepared["keywords"][:] == [["pet", "soft fur"], ["pet", "soft fur", "paw"], []]
+    assert prepared["categories"][:] == [["animals"], [], []]
+    assert report.dropped == {"too_long": 1} and report.changed == {"keywords_cut": 2, "categories_cut": 1}
     generator = torch.Generator().manual_seed(0)
     for row in prepared:
         drawn = [sample_caption(row, generator) for _ in range(50)]

@@ -130,7 +130,7 @@ class _Judge:
     args: CaptionArguments
     patterns: list[re.Pattern[str]]
     tokenizer: Tokenizer | None
-    version: int = 1
+    version: int = 2
 
     def __call__(self, batch: Mapping[str, list], numbers: list[int]) -> dict[str, Any]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -168,7 +168,7 @@ class _Judge:
         return None
 
     def fit_captions(self, rows: list[dict[str, Any]], tokenizer: Tokenizer, max_tokens: int) -> None:
-        """Drops rows whose text is too long, and cuts keywords so that every form of caption fits.
+        """Drops rows whose text is too long, and cuts categories and keywords so that every form of caption fits.
 
         Tokens are counted piece by piece and with and without a blank before, and the larger number counts.
         """
@@ -179,15 +179,20 @@ class _Judge:
         for parts in rows:
             lengths = [max(next(counts), next(counts)) for _ in range(len(_pieces(parts)) // 2)]
             num_keywords = 0 if parts.get("text") else len(parts.get("keywords", ()))
-            fixed, keywords = lengths[: len(lengths) - num_keywords], lengths[len(lengths) - num_keywords :]
-            room = max_tokens - fixed[0]
-            fits = int(np.sum(np.cumsum(keywords) <= room))
-            if room < max(fixed[1:], default=0) or (num_keywords and not fits and not main_text(parts)):
+            categories, keywords = lengths[1 : len(lengths) - num_keywords], lengths[len(lengths) - num_keywords :]
+            room = max_tokens - lengths[0]
+            num_fitting = int(np.sum(np.cumsum(keywords) <= room))
+            if room < 0 or (num_keywords and not num_fitting and not main_text(parts)):
                 parts["verdict"] = "too_long"
-                parts["example"] += f" ({fixed[0] + max(fixed[1:], default=0)} tokens)"
-            elif fits < num_keywords:
-                parts["keywords"] = parts["keywords"][:fits]
+                parts["example"] += f" ({max(lengths[:1] + keywords[:1])} tokens)"
+                continue
+            if num_fitting < num_keywords:
+                parts["keywords"] = parts["keywords"][:num_fitting]
                 parts["changes"].append("keywords_cut")
+            if any(length > room for length in categories):
+                fits = [length <= room for length in categories]
+                parts["categories"] = list(itertools.compress(parts["categories"], fits))
+                parts["changes"].append("categories_cut")
 
     def look(self, image: Any, parts: dict[str, Any]) -> None:  # noqa: ANN401
         """Opens the image, judges it and hashes it."""
