@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, load_model, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-
-from accelerate import Accelerator
 
 from .loop import TrainingProgress
 from .optimization import TrainingParts
@@ -106,7 +105,9 @@ class Checkpoints:
         fixed = {name: value for name, value in asdict(recipe).items() if name not in FREE_FIELDS}
         fixed["mixed_precision"] = accelerator.mixed_precision
         # Through JSON and back, so that a saved recipe and a new one compare alike.
-        self.identity = json.loads(json.dumps({**fixed, "rows_per_step": rows_per_step, **(identity or {})}, default=str))
+        self.identity = json.loads(
+            json.dumps({**fixed, "rows_per_step": rows_per_step, **(identity or {})}, default=str)
+        )
         accelerator.register_save_state_pre_hook(_name_weights_without_wrappers)
         accelerator.register_load_state_pre_hook(_load_weights_without_wrappers)
 

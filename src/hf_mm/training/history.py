@@ -75,7 +75,8 @@ def draw_loss_curves(
     """
     names = sorted({name for entry in entries for name in entry if "loss" in name})
     curves = {
-        name: [(entry["step"], math.log10(entry[name])) for entry in entries if entry.get(name, 0) > 0] for name in names
+        name: [(entry["step"], math.log10(entry[name])) for entry in entries if entry.get(name, 0) > 0]
+        for name in names
     }
     points = [point for curve in curves.values() for point in curve]
     if len(points) < 2:

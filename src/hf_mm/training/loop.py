@@ -16,12 +16,11 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device, tqdm
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
-
-from accelerate import Accelerator
 
 from .history import append_history, draw_loss_curves, read_history, truncate_history
 from .optimization import TrainingParts, trainable_parameters
@@ -246,8 +245,9 @@ def _refuse(
     save_file(tensors, partial)
     partial.replace(path)
     raise FloatingPointError(
-        f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}. The batch is in {path}; "
-        f"the weights are those after step {step - 1}. Inspect the batch, or lower `learning_rate`={recipe.learning_rate}."
+        f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}. The batch is in "
+        f"{path}; the weights are those after step {step - 1}. Inspect the batch, or lower "
+        f"`learning_rate`={recipe.learning_rate}."
     )
 
 

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
-
-from accelerate import Accelerator
 
 from .recipe import TrainingRecipe
 
@@ -47,7 +46,9 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
     """
     if recipe.gradient_checkpointing:
         if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"`gradient_checkpointing`=True, but {type(model).__name__} has no support. Set it to false.")
+            raise ValueError(
+                f"`gradient_checkpointing`=True, but {type(model).__name__} has no support. Set it to false."
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.torch_compile:
         model.compile()  # in place: the names in the state dict stay as they are

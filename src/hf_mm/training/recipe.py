@@ -14,10 +14,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
 from transformers import HfArgumentParser
-
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 
 
 def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -92,7 +91,8 @@ def _describe_unknown(where: str, unknown: Sequence[str], actions: Mapping[str, 
     hints = []
     for name in unknown:
         close = difflib.get_close_matches(name, list(actions), n=3)
-        hints.append(f"`{name}`" + (f" (did you mean {' or '.join(f'`{match}`' for match in close)}?)" if close else ""))
+        meant = " or ".join(f"`{match}`" for match in close)
+        hints.append(f"`{name}`" + (f" (did you mean {meant}?)" if close else ""))
     return f"{where}: unknown keys {', '.join(hints)}. Known keys: {', '.join(sorted(actions))}."
 
 
@@ -286,6 +286,7 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         step_scheduler_with_optimizer=False,
     )
-    plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in vars(recipe).items()}
-    accelerator.init_trackers("logs", config=plain)
+    fields = vars(recipe).items()
+    plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in fields}
+    accelerator.init_trackers("logs", config=plain)  # trackers take no lists and no None
     return accelerator
