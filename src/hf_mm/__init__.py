@@ -13,7 +13,6 @@ Importing the package makes its families known to transformers and diffusers, so
 """
 
 import diffusers
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -28,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import logging
 
 from . import transfusion
 from .text_to_image import DEFAULT_CHECKPOINT, TextToImagePipeline
@@ -42,6 +42,20 @@ from .transfusion import (
 
 
 __version__ = "0.1.0"
+
+
+def _register_pipeline(name: str, pipeline_class: type[diffusers.DiffusionPipeline]) -> None:
+    """Adds a drawing pipeline to `AutoPipelineForText2Image`.
+
+    Loading that class loads every pipeline of diffusers, some of which announce that torchvision is absent; hf_mm needs
+    none of them, so they are kept quiet meanwhile.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    logging.set_verbosity(verbosity)
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipeline_class
 
 
 def _register_transfusion() -> None:
@@ -60,7 +74,7 @@ def _register_transfusion() -> None:
     # diffusers looks a pipeline and its components up by the name of their folder.
     diffusers.TransfusionPipeline = TransfusionPipeline
     diffusers.pipelines.transfusion = transfusion
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING["transfusion"] = TransfusionPipeline
+    _register_pipeline("transfusion", TransfusionPipeline)
 
 
 def _register_text_to_image() -> None:

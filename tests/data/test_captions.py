@@ -359,3 +359,11 @@ def test_real_pictures_pass_and_people_are_filtered() -> None:
     assert (
         report.num_rows_out == len(nobody) == 500 - report.dropped["people"] == sum(not p for p in rows["has_people"])
     )
+
+
+def test_rows_that_spell_a_special_token_are_dropped_and_counted(tmp_path):
+    images = [PILImage.new("RGB", (17, 19), color) for color in ("red", "green", "blue")]
+    rows = Dataset.from_dict({"image": images, "text": ["a red sheet", "a <boi> sheet", "a blue sheet"]})
+    kept, report = prepare_pairs(rows, CaptionArguments(), reserved=["<boi>", "<eoi>"])
+    assert list(kept["text"]) == ["a red sheet", "a blue sheet"]
+    assert report.dropped == {"special_token": 1}

@@ -138,6 +138,7 @@ class CaptionArguments:
             "people": f"people={self.people!r}",
             "low_aesthetic_score": f"aesthetic_score below min_aesthetic_score={self.min_aesthetic_score}, or null",
             "empty_caption": "no text, description or keywords left after the clean-up",
+            "special_token": "text that spells a special token of the tokenizer",
             "no_letters": "text without a letter",
             "too_long": f"text longer than max_caption_tokens={self.max_caption_tokens}",
             "unreadable_image": "image missing, damaged, zero-sized or too large to be safe",

@@ -8,7 +8,7 @@ only as a callable.
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,12 @@ HASH_COLUMNS = ("pixel_hash", "words_hash", "difference_hash")
 
 
 def prepare_pairs(
-    rows: Rows, args: CaptionArguments, *, tokenizer: Tokenizer | None = None, num_proc: int | None = None
+    rows: Rows,
+    args: CaptionArguments,
+    *,
+    tokenizer: Tokenizer | None = None,
+    reserved: Sequence[str] = (),
+    num_proc: int | None = None,
 ) -> tuple[Rows, CaptionReport]:
     """Cleans, filters and deduplicates pair rows.
 
@@ -53,6 +58,7 @@ def prepare_pairs(
         args ([`CaptionArguments`]): What to do.
         tokenizer (`Callable`, *optional*): Turns a list of strings into `{"input_ids": list of lists}`, as tokenizers
             of transformers do; for `max_caption_tokens`.
+        reserved (`Sequence[str]`): Strings that no text may contain, such as the tokenizer's special tokens.
         num_proc (`int`, *optional*): Processes to work in. Streams are prepared where they are read.
 
     Returns:
@@ -63,7 +69,7 @@ def prepare_pairs(
     """
     rows = check_columns(rows, "pair")
     _check_needs(rows, args, tokenizer)
-    judge = _Judge(args, args.compile_boilerplate(), tokenizer)
+    judge = _Judge(args, args.compile_boilerplate(), tokenizer, tuple(reserved))
     report = CaptionReport(args.reasons())
     if isinstance(rows, IterableDataset):
         return _prepare_stream(rows, judge, report), report
@@ -130,7 +136,8 @@ class _Judge:
     args: CaptionArguments
     patterns: list[re.Pattern[str]]
     tokenizer: Tokenizer | None
-    version: int = 2
+    reserved: tuple[str, ...] = ()
+    version: int = 3
 
     def __call__(self, batch: Mapping[str, list], numbers: list[int]) -> dict[str, Any]:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
@@ -163,6 +170,8 @@ class _Judge:
         text = main_text(parts) or " ".join(parts.get("keywords", ()))
         if not text:
             return "empty_caption"
+        if any(token in piece for piece in caption_pieces(parts) for token in self.reserved):
+            return "special_token"
         if self.args.require_letters and not any(letter.isalpha() for letter in text):
             return "no_letters"
         return None
@@ -216,6 +225,11 @@ class _Judge:
             return "too_small"
         limit = self.args.max_aspect_ratio
         return "aspect_ratio" if limit is not None and longer > limit * shorter else None
+
+
+def caption_pieces(parts: Mapping[str, Any]) -> list[str]:
+    """Lists all text of a row that may come into a caption."""
+    return [main_text(parts), *parts.get("keywords", ()), *parts.get("categories", ())]
 
 
 def _pieces(parts: Mapping[str, Any]) -> list[str]:

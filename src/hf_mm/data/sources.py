@@ -3,12 +3,11 @@
 Knows names of sources and columns; does not know what the rows are for.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from .caption_arguments import CaptionArguments
 from .caption_report import CaptionReport
@@ -99,11 +98,11 @@ def prepare_rows(
         rows (`Dataset`): From `open_rows`.
         arguments (`DatasetArguments`): Tells the source.
         caption_arguments (`CaptionArguments`): What to do.
-        tokenizer (`Callable`, *optional*): Counts tokens for `max_caption_tokens`.
+        tokenizer (`PreTrainedTokenizerBase`): Counts tokens for `max_caption_tokens`; its special tokens are refused.
 
     Returns:
         `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
     """
     if arguments.dataset_name.startswith(EMBEDDED) or "image" not in rows.column_names:
         return rows, None
-    return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer)
+    return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer, reserved=tokenizer.all_special_tokens)

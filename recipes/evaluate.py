@@ -1,0 +1,120 @@
+"""Scores a model on held-out icon scenes: pictures drawn from prompts never seen in training, and captions of pictures.
+
+python recipes/evaluate.py --model_name_or_path runs/transfusion_tiny --output_dir runs/transfusion_tiny/evaluation
+
+Beside the scores stand those of the true pictures and of shuffled prompts, which say how far the ruler can be trusted.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_mm.data.icon_scenes import BACKGROUND_COLORS, GLYPH_SETS, OBJECT_COLORS, icon_scenes_dataset, render_glyph
+from hf_mm.evaluation.scene_accuracy import scene_accuracy
+from hf_mm.training.recipe import parse_recipe
+from hf_mm.training.samples import save_captioned_grid
+
+
+@dataclass
+class EvaluationRecipe:
+    """The model, and what it is asked."""
+
+    model_name_or_path: str = field(default="runs/transfusion_tiny", metadata={"help": "Folder or Hub id."})
+    glyph_set: str = field(default="shapes", metadata={"help": "shapes or icons."})
+    kinds: list[str] = field(default_factory=lambda: ["single_object"], metadata={"help": "Kinds of scene."})
+    num_scenes: int = field(default=256, metadata={"help": "Held-out scenes."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "None: the model's."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "None: the model's."})
+    batch_size: int = field(default=32, metadata={"help": "Pictures drawn at once."})
+    seed: int = field(default=0, metadata={"help": "Of scenes and noise."})
+    num_captions: int = field(default=128, metadata={"help": "Pictures to caption; 0: none."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "For scores and pictures."})
+
+
+def draw_scenes(pipe: DiffusionPipeline, prompts: list[str], recipe: EvaluationRecipe) -> list[np.ndarray]:
+    """Draws one picture per prompt, each from noise of its own."""
+    pictures: list[np.ndarray] = []
+    for start in tqdm(range(0, len(prompts), recipe.batch_size), desc="draw"):
+        batch = prompts[start : start + recipe.batch_size]
+        generators = [torch.Generator().manual_seed(recipe.seed + start + number) for number in range(len(batch))]
+        drawn = pipe(
+            batch,
+            generator=generators,
+            guidance_scale=recipe.guidance_scale,
+            num_inference_steps=recipe.num_inference_steps,
+        )
+        pictures += [np.asarray(image) for image in drawn.images]
+    return pictures
+
+
+def score_captions(pipe: DiffusionPipeline, rows: Any, recipe: EvaluationRecipe) -> dict[str, float]:
+    """Share of captions of single objects that name the right glyph, and the right colour."""
+    named = {"glyph": 0, "color": 0}
+    for start in tqdm(range(0, len(rows), recipe.batch_size), desc="caption"):
+        batch = rows[start : start + recipe.batch_size]
+        for caption, scene in zip(pipe.caption(batch["image"]), batch["scene"], strict=True):
+            truth = json.loads(scene)["objects"][0]
+            words = caption.split()
+            for part in named:
+                named[part] += truth[part] in words
+    return {f"{part}_named": count / len(rows) for part, count in named.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Draws, scores, captions, and saves a grid and the scores."""
+    (recipe,) = parse_recipe(EvaluationRecipe, argv=argv)
+    pipe = DiffusionPipeline.from_pretrained(recipe.model_name_or_path)
+    pipe.set_progress_bar_config(disable=True)
+    diffusers_logging.disable_progress_bar()
+    rows = icon_scenes_dataset(
+        recipe.num_scenes,
+        glyph_set=recipe.glyph_set,
+        size_px=pipe.model.config.image_size,
+        split="validation",
+        seed=recipe.seed,
+        kinds=dict.fromkeys(recipe.kinds, 1.0),
+    )
+    prompts, scenes = list(rows["description"]), list(rows["scene"])
+    ruler = {
+        "glyphs": GLYPH_SETS[recipe.glyph_set],
+        "colors": OBJECT_COLORS,
+        "backgrounds": BACKGROUND_COLORS,
+        "render_glyph": render_glyph,
+    }
+    pictures = draw_scenes(pipe, prompts, recipe)
+    scores: dict[str, Any] = {
+        "drawn": scene_accuracy(pictures, scenes, **ruler),
+        "true_pictures": scene_accuracy([np.asarray(image) for image in rows["image"]], scenes, **ruler)["overall"],
+        "shuffled_prompts": scene_accuracy(pictures, scenes[1:] + scenes[:1], **ruler)["overall"],
+    }
+    if recipe.num_captions:
+        single = icon_scenes_dataset(
+            recipe.num_captions,
+            glyph_set=recipe.glyph_set,
+            size_px=pipe.model.config.image_size,
+            split="validation",
+            seed=recipe.seed,
+            kinds={"single_object": 1.0},
+        )
+        scores["captions"] = score_captions(pipe, single, recipe)
+    output_dir = Path(recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "scores.json").write_text(json.dumps({"recipe": vars(recipe), **scores}, indent=2), encoding="utf-8")
+    shown = [Image.fromarray(picture) for picture in pictures[:24]]
+    save_captioned_grid(shown, prompts[:24], output_dir / "grid.png")
+    print(json.dumps({name: value for name, value in scores.items()}, indent=2))
+    print(f"Scores and grid are in {output_dir}.")
+    return scores
+
+
+if __name__ == "__main__":
+    main()
