@@ -1,0 +1,180 @@
+"""The command `hf-mm`: draws and captions from a shell, through the same pipelines as from Python.
+
+Knows arguments, files and messages; what a picture or a caption is, the pipelines know. Pictures are described on
+standard output, progress and errors go to standard error. Exit codes: 0 done, 1 failed, 2 called wrongly.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+GENERATE_EXAMPLES = """\b
+Examples:
+  hf-mm generate "a red star on a white background" --output star.png
+  hf-mm generate "a red star" "a blue heart" --num-images 4 --seed 7 --output pictures/shape.png
+  hf-mm generate "a red star" --model me/my-transfusion --guidance-scale 3 --num-inference-steps 50
+"""
+CAPTION_EXAMPLES = """\b
+Examples:
+  hf-mm caption star.png
+  hf-mm caption pictures/*.jpg --json
+  hf-mm caption star.png --model me/my-transfusion --prompt "a picture of"
+"""
+
+app = typer.Typer(
+    name="hf-mm",
+    help="Draw pictures from prompts and describe pictures, with early-fusion text and image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="ID_OR_FOLDER", help="Checkpoint: a Hub id or a folder. Default: one ships with hf_mm."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings. Read it before.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a result, for scripts.")]
+
+
+def check_output(path: Path) -> Path:
+    """Refuses a file name whose ending says no kind of picture, before anything is drawn."""
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise typer.BadParameter(f"{str(path)!r} must end in one of {', '.join(PICTURE_SUFFIXES)}.")
+    return path
+
+
+@app.command(epilog=GENERATE_EXAMPLES)
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", callback=check_output, help="Where to. More pictures: star-1.png, star-2.png."),
+    ] = Path("picture.png"),
+    model: ModelOption = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="How closely to follow the prompt; 1 is off. Default: the model's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first picture; the next has the next.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Draw pictures from prompts."""
+    with one_line_errors():
+        import torch
+
+        pipeline = load_pipeline(model, trust_remote_code)
+        first_seed = torch.seed() % 2**32 if seed is None else seed
+        seeds = range(first_seed, first_seed + len(prompts) * num_images)
+        pictures = pipeline(
+            prompts,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images,
+            height=height,
+            width=width,
+            generator=[torch.Generator().manual_seed(number) for number in seeds],
+        ).images
+        paths = save_pictures(pictures, output)
+        for number, path in enumerate(paths):
+            facts = {"path": str(path), "prompt": prompts[number // num_images], "seed": seeds[number]}
+            typer.echo(json.dumps(facts) if as_json else f"{path} (seed {seeds[number]})")
+
+
+@app.command(epilog=CAPTION_EXAMPLES)
+def caption(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Picture files, or addresses of some.")],
+    model: ModelOption = None,
+    prompt: Annotated[str, typer.Option(help="How the text begins, or a question.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")] = 64,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Describe pictures."""
+    with one_line_errors():
+        from .data.formats import open_image
+        from .transfusion import TransfusionPipeline
+
+        pictures = [open_image(image, field=image) for image in images]
+        pipeline = load_pipeline(model, trust_remote_code)
+        if not isinstance(pipeline, TransfusionPipeline):
+            raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not describe pictures.")
+        for image, text in zip(images, pipeline.caption(pictures, prompt, max_new_tokens), strict=True):
+            typer.echo(json.dumps({"image": image, "caption": text}) if as_json else f"{image}: {text}")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns bad input, missing files and unreachable checkpoints into one line on standard error and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from error
+
+
+def load_pipeline(model: str | None, trust_remote_code: bool) -> "DiffusionPipeline":
+    """Loads the pipeline of a checkpoint onto the accelerator, if there is one.
+
+    Args:
+        model (`str`, *optional*): Hub id or folder; defaults to the checkpoint that ships with the package.
+        trust_remote_code (`bool`): Whether code of the checkpoint may run.
+
+    Returns:
+        `DiffusionPipeline`: whose progress bar is shown on terminals only.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    from .text_to_image import DEFAULT_CHECKPOINT
+
+    for library in (transformers, diffusers):  # their bars of loading; those of downloads and of drawing stay
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    name = str(DEFAULT_CHECKPOINT) if model is None else model
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
+    pipeline.set_progress_bar_config(disable=None, desc="Drawing")
+    return pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+
+
+def save_pictures(pictures: Sequence["Image.Image"], output: Path) -> list[Path]:
+    """Saves pictures, each whole or not at all: the first as `output`, the next with `-1`, `-2` in their names.
+
+    Args:
+        pictures (`Sequence[PIL.Image.Image]`): The pictures.
+        output (`Path`): Name of the first; its folder is made if missing.
+
+    Returns:
+        `list[Path]`: where they are.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    names = [output.name, *(f"{output.stem}-{number}{output.suffix}" for number in range(1, len(pictures)))]
+    paths = [output.with_name(name) for name in names]
+    for picture, path in zip(pictures, paths, strict=True):
+        partial = path.with_name(f".{path.name}.partial{path.suffix}")  # Pillow goes by the ending
+        try:
+            picture.save(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return paths

@@ -1,0 +1,229 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from hf_mm import TransfusionConfig, TransfusionForConditionalGeneration, TransfusionPipeline, TransfusionProcessor
+from hf_mm.cli import app
+from hf_mm.data.text_tokenizer import train_text_tokenizer
+
+
+IMAGE_SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    tokenizer = train_text_tokenizer(["a red star", "a blue heart"] * 3, 271)
+    config = TransfusionConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 271,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "max_position_embeddings": 61,
+        },
+        image_size=IMAGE_SIZE,
+        patch_size=2,
+        prediction_type="flow_prediction",
+        num_inference_steps=3,
+        boi_token_id=3,
+        eoi_token_id=4,
+        image_token_id=5,
+    )
+    config.set_tokenizer(tokenizer)
+    torch.manual_seed(0)
+    model = TransfusionForConditionalGeneration(config)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    pipeline = TransfusionPipeline(
+        model, TransfusionProcessor.from_config(config, tokenizer), model.default_scheduler()
+    )
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    before = [(library.utils.logging, library.utils.logging.get_verbosity()) for library in (transformers, diffusers)]
+    yield
+    for logging, verbosity in before:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def failure(result: Result) -> str:
+    """The one line that a failed command printed."""
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert result.stdout == "" and result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_a_prompt_becomes_a_picture_and_its_place_is_printed(checkpoint: str, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "star.png"
+    result = run("generate", "a red star", "--model", checkpoint, "--output", output, "--seed", 5)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{output} (seed 5)\n"
+    assert [path.name for path in output.parent.iterdir()] == ["star.png"]
+    with Image.open(output) as picture:
+        assert picture.size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_several_prompts_and_pictures_are_numbered_and_each_has_its_seed(checkpoint: str, tmp_path: Path) -> None:
+    output = tmp_path / "star.png"
+    options = ["--model", checkpoint, "--output", output, "--seed", 5, "--num-images", 2, "--json"]
+    result = run("generate", "a red star", "a blue heart", *options)
+    assert result.exit_code == 0, result.output
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        {"path": str(tmp_path / name), "prompt": prompt, "seed": seed}
+        for name, prompt, seed in [
+            ("star.png", "a red star", 5),
+            ("star-1.png", "a red star", 6),
+            ("star-2.png", "a blue heart", 7),
+            ("star-3.png", "a blue heart", 8),
+        ]
+    ]
+    alone = tmp_path / "alone.png"
+    run("generate", "a blue heart", "--model", checkpoint, "--output", alone, "--seed", 7)
+    together, single = Image.open(tmp_path / "star-2.png"), Image.open(alone)
+    difference = max(abs(one - other) for one, other in zip(together.tobytes(), single.tobytes(), strict=True))
+    assert difference <= 1  # of 255: the prompts are padded when drawn together
+    assert single.tobytes() != Image.open(tmp_path / "star-3.png").tobytes()
+
+
+def test_steps_guidance_and_size_reach_the_drawing(checkpoint: str, tmp_path: Path) -> None:
+    def draw(name: str, *options: object) -> Image.Image:
+        result = run("generate", "a red star", "--model", checkpoint, "-o", tmp_path / name, "--seed", 5, *options)
+        assert result.exit_code == 0, result.output
+        with Image.open(tmp_path / name) as picture:
+            return picture.copy()
+
+    plain = draw("plain.png")
+    assert draw("wide.webp", "--height", 4, "--width", 12).size == (12, 4)
+    assert draw("again.png").tobytes() == plain.tobytes()
+    assert draw("steps.png", "--num-inference-steps", 2).tobytes() != plain.tobytes()
+    assert draw("scale.png", "--guidance-scale", 1).tobytes() != plain.tobytes()
+
+
+def test_without_a_seed_the_seed_drawn_is_told(checkpoint: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    seeds = []
+    for path in paths:
+        result = run("generate", "a red star", "--model", checkpoint, "--output", path, "--json")
+        seeds.append(json.loads(result.stdout)["seed"])
+    assert seeds[0] != seeds[1] and paths[0].read_bytes() != paths[1].read_bytes()
+    run("generate", "a red star", "--model", checkpoint, "--output", tmp_path / "again.png", "--seed", seeds[0])
+    assert (tmp_path / "again.png").read_bytes() == paths[0].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["star.xyz", "star", "."])
+def test_an_ending_that_is_no_picture_is_refused_before_loading(tmp_path: Path, name: str) -> None:
+    result = run("generate", "a red star", "--model", "not/loaded", "--output", tmp_path / name)
+    assert result.exit_code == 2
+    assert "must end in one of .png, .jpg" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["generate"], "PROMPT"),
+        (["generate", "a", "--num-images", 0], "--num-images"),
+        (["generate", "a", "--guidance-scale", 0.5], "--guidance-scale"),
+        (["generate", "a", "--colour", "red"], "--colour"),
+        (["caption"], "IMAGE"),
+        (["caption", "a.png", "--max-new-tokens", 0], "--max-new-tokens"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_names_the_argument(options: list, words: str) -> None:
+    result = run(*options)
+    assert result.exit_code == 2 and words in result.stderr
+
+
+def test_a_size_off_the_grid_is_refused_with_the_nearest(checkpoint: str, tmp_path: Path) -> None:
+    result = run("generate", "a", "--model", checkpoint, "--output", tmp_path / "a.png", "--height", 5)
+    assert "`height`=5 must be a multiple of 2 pixels. Try 4." in failure(result)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_that_spells_a_special_token_is_refused(checkpoint: str, tmp_path: Path) -> None:
+    result = run("generate", "a <boi> star", "--model", checkpoint, "--output", tmp_path / "a.png")
+    assert "special token '<boi>'" in failure(result)
+
+
+@pytest.mark.parametrize("command", ["generate", "caption"])
+def test_a_missing_model_is_named(tmp_path: Path, command: str) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (7, 5)).save(picture)
+    missing = tmp_path / "no-model"
+    assert str(missing) in failure(run(command, picture, "--model", missing))
+
+
+def test_pictures_are_captioned_in_order(checkpoint: str, tmp_path: Path) -> None:
+    images = [tmp_path / "one.png", tmp_path / "two.jpg"]
+    for number, image in enumerate(images):
+        Image.new("RGB", (7 + number, 5), (200 * number, 30, 60)).save(image)
+    result = run("caption", *images, "--model", checkpoint, "--max-new-tokens", 4, "--json")
+    assert result.exit_code == 0, result.output
+    captions = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [caption["image"] for caption in captions] == [str(image) for image in images]
+    plain = run("caption", images[0], "--model", checkpoint, "--max-new-tokens", 4)
+    assert plain.stdout == f"{images[0]}: {captions[0]['caption']}\n"
+    longer = run("caption", images[0], "--model", checkpoint, "--max-new-tokens", 9, "--prompt", "a red")
+    assert longer.stdout != plain.stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_a_bad_image_is_named_before_loading(tmp_path: Path, content: bytes | None) -> None:
+    image = tmp_path / "bad.png"
+    if content is not None:
+        image.write_bytes(content)
+    assert f"`{image}` is" in failure(run("caption", image, "--model", "not/loaded"))
+
+
+def test_a_pipeline_that_does_not_caption_is_refused(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    image = tmp_path / "a.png"
+    Image.new("RGB", (7, 5)).save(image)
+    message = failure(run("caption", image, "--model", tmp_path / "ddpm"))
+    assert "DDPMPipeline, which does not describe pictures" in message
+
+
+@pytest.mark.parametrize("command", ["generate", "caption"])
+def test_help_shows_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.count(f"  hf-mm {command} ") == 3
+
+
+@pytest.mark.slow
+def test_the_installed_command_draws_without_chatter(checkpoint: str, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("hf-mm")), "generate", "a red star", "--model", checkpoint]
+    result = subprocess.run(
+        [*command, "--output", "star.png", "--seed", "5"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "star.png (seed 5)\n" and (tmp_path / "star.png").exists()
