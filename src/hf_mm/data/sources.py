@@ -90,7 +90,7 @@ def prepare_rows(
     rows: Dataset,
     arguments: DatasetArguments,
     caption_arguments: CaptionArguments,
-    tokenizer: Callable[..., Any] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[Dataset, CaptionReport | None]:
     """Cleans and filters rows as the recipe says; embedded scenes and encoded images are clean already.
 
@@ -98,11 +98,13 @@ def prepare_rows(
         rows (`Dataset`): From `open_rows`.
         arguments (`DatasetArguments`): Tells the source.
         caption_arguments (`CaptionArguments`): What to do.
-        tokenizer (`PreTrainedTokenizerBase`): Counts tokens for `max_caption_tokens`; its special tokens are refused.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Counts tokens for `max_caption_tokens`; rows whose text spells
+            one of its special tokens are dropped.
 
     Returns:
         `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
     """
     if arguments.dataset_name.startswith(EMBEDDED) or "image" not in rows.column_names:
         return rows, None
-    return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer, reserved=tokenizer.all_special_tokens)
+    reserved = () if tokenizer is None else tokenizer.all_special_tokens
+    return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer, reserved=reserved)
