@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from hf_mm.data.collators import TrainingDocuments, build_collator
 from hf_mm.data.formats import iterate_captions
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
-from hf_mm.data.text_tokenizer import train_text_tokenizer
+from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 
 
 @dataclass
@@ -53,16 +53,13 @@ def load_config(arguments: ModelArguments) -> Any:
     return config
 
 
-def load_text_tokenizer(arguments: ModelArguments, rows: Dataset, run_dir: Path, accelerator: Accelerator) -> Any:
+def find_text_tokenizer(arguments: ModelArguments, rows: Dataset, run_dir: Path, accelerator: Accelerator) -> Any:
     """Loads the text tokenizer; where the recipe names none, it is first trained on the captions of the rows."""
-    name = arguments.tokenizer_name or arguments.model_name_or_path
-    if name is not None:
-        return AutoTokenizer.from_pretrained(name)
-    folder = run_dir / "text_tokenizer"
+    name = arguments.tokenizer_name or arguments.model_name_or_path or str(run_dir / "text_tokenizer")
     with accelerator.main_process_first():
-        if not folder.exists():
-            train_text_tokenizer(iterate_captions(rows), arguments.vocab_size).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+        if arguments.tokenizer_name is None and arguments.model_name_or_path is None and not Path(name).exists():
+            train_text_tokenizer(iterate_captions(rows), arguments.vocab_size).save_pretrained(name)
+    return load_text_tokenizer(name)
 
 
 def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -107,6 +104,7 @@ class DocumentBatches:
             sample_timesteps=model.timestep_sampler(),
             arguments=arguments,
             form_weights=form_weights,
+            max_text_tokens=window_length or model.config.text_config.max_position_embeddings,
         )
 
     def collator(self, rows: Dataset) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from building import DocumentBatches, ModelArguments, build_model, load_config, load_text_tokenizer
+from building import DocumentBatches, ModelArguments, build_model, find_text_tokenizer, load_config
 from datasets import Dataset, load_dataset
 from reporting import RunReport, first_captions
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     size = {"image_size": config.image_size, "seed": recipe.seed}
     with accelerator.main_process_first():
         rows = open_rows(data_args, **size)
-    tokenizer = load_text_tokenizer(model_args, rows, output_dir, accelerator)
+    tokenizer = find_text_tokenizer(model_args, rows, output_dir, accelerator)
     model, processor = build_model(model_args, config, tokenizer)
 
     room = (extra.window_length or config.text_config.max_position_embeddings) - processor.tokens_per_image() - 2

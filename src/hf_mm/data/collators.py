@@ -41,12 +41,14 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         arguments (`DocumentArguments`): Order, dropout and noise cap.
         seed (`int`): Of all draws.
         text_rows (`datasets.Dataset`, *optional*): Text-only rows, the source 1 of the keys.
+        max_text_tokens (`int`, *optional*): Longer text-only documents give a stretch of that length, drawn anew each
+            time. Documents with images are never cut.
         form_weights (`dict`, *optional*): Chances of the caption forms.
     """
 
     def __init__(
         self,
-        rows: Any,  # noqa: ANN401 (a datasets.Dataset or anything indexed like one)
+        rows: Any,
         *,
         processor: DocumentEncoder,
         image_size: int,
@@ -54,13 +56,14 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         sample_timesteps: Callable[..., torch.Tensor],
         arguments: DocumentArguments,
         seed: int,
-        text_rows: Any = None,  # noqa: ANN401
+        text_rows: Any = None,
+        max_text_tokens: int | None = None,
         form_weights: dict[str, float] | None = None,
     ) -> None:
         self.sources = (rows, text_rows)
         self.processor, self.image_size, self.latent_shape = processor, image_size, latent_shape
         self.sample_timesteps, self.arguments, self.seed = sample_timesteps, arguments, seed
-        self.form_weights = form_weights
+        self.form_weights, self.max_text_tokens = form_weights, max_text_tokens
 
     def __getitem__(self, key: SampleKey) -> Document:
         """Builds the document of one sample."""
@@ -72,6 +75,8 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         sizes = iter(shapes)
         parts = [{**part, "size": next(sizes)[1:]} if part["type"] == "image" else part for part in content]
         document: Document = dict(self.processor.encode_document(parts))
+        if not images and self.max_text_tokens is not None:
+            document = cut_text(document, self.max_text_tokens, generator)
         document["images"] = images
         document["noise"] = [torch.randn(shape, generator=generator) for shape in shapes]
         document["timesteps"] = self.sample_timesteps(len(images), max_timestep=max_timestep, generator=generator)
@@ -95,6 +100,17 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         """Shape of an image once encoded: its own, or that of the latents the model will make of a picture."""
         is_encoded = image.shape[0] == self.latent_shape[0]
         return tuple(image.shape) if is_encoded else self.latent_shape
+
+
+def cut_text(document: Document, max_tokens: int, generator: torch.Generator) -> Document:
+    """Takes a random stretch of a text that is too long; its first token is no target, for nothing predicts it."""
+    excess = len(document["input_ids"]) - max_tokens
+    if excess <= 0:
+        return document
+    start = int(torch.randint(excess + 1, (1,), generator=generator))
+    stretch = {name: values[start : start + max_tokens] for name, values in document.items()}
+    stretch["labels"] = [-100, *stretch["labels"][1:]]
+    return stretch
 
 
 def stack_images(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

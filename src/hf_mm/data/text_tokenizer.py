@@ -4,9 +4,10 @@ Knows strings only. Any text survives encoding and decoding unchanged, since eve
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 # In the order of their ids, from 0.
@@ -62,3 +63,22 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, *, min_frequency
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def load_text_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer, adding to one of a text model the tokens of images, and one for padding where there is none.
+
+    Args:
+        name_or_path (`str`): Folder or Hub id, of `train_text_tokenizer` or of a text model such as Llama.
+
+    Returns:
+        `PreTrainedTokenizerBase`: ids that it had stay as they are; pads on the left.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if "image_token" in tokenizer.special_tokens_map:
+        return tokenizer
+    names = ("boi_token", "eoi_token", "image_token")
+    added: dict[str, Any] = {"extra_special_tokens": {name: SPECIAL_TOKENS[name] for name in names}}
+    if tokenizer.pad_token is None:
+        added["pad_token"] = SPECIAL_TOKENS["pad_token"]
+    return AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **added)
