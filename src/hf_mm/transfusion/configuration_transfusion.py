@@ -28,6 +28,16 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 }
 
 
+# Channels of each U-Net level by patch size. Source: Transfusion, section 4.3 (0.27B for both ways, whatever the
+# backbone); the plan is ours, and gives 259M to 268M over the presets and patch sizes. The paper runs 1 without one.
+UNET_BLOCK_OUT_CHANNELS: dict[int, tuple[int, ...]] = {
+    1: (320,),
+    2: (320, 1280),
+    4: (320, 896, 896),
+    8: (320, 640, 768, 768),
+}
+
+
 @strict
 class TransfusionConfig(PreTrainedConfig):
     r"""Describes a Transfusion model: one Llama-style transformer over text tokens and continuous image patches.
@@ -47,8 +57,8 @@ class TransfusionConfig(PreTrainedConfig):
             Side of the square of latent pixels that one transformer position holds; 1, 2, 4 or 8. A patch vector is
             ordered (channel, row, column), as `torch.nn.functional.pixel_unshuffle` does.
         unet_block_out_channels (`list[int]`, *optional*):
-            Channels of each U-Net level, one more level than `log2(patch_size)`. Defaults to 320 at full resolution
-            and 1280 below, which gives the paper's 0.27B at 2 x 2 patches.
+            Channels of each U-Net level, one more level than `log2(patch_size)`. Defaults to a plan per patch size
+            that gives the paper's 0.27B, such as `[320, 1280]` at 2 x 2 patches.
         unet_layers_per_block (`int`, defaults to 2): Residual blocks per level on the way down (one more going up).
         unet_norm_num_groups (`int`, defaults to 32): Groups of the U-Net's group norms.
         image_attention (`str`, defaults to `"bidirectional"`):
@@ -110,7 +120,7 @@ class TransfusionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.unet_block_out_channels is None:
-            self.unet_block_out_channels = [320] + [1280] * (self.patch_size.bit_length() - 1)
+            self.unet_block_out_channels = list(UNET_BLOCK_OUT_CHANNELS.get(self.patch_size, ()))
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
@@ -139,6 +149,16 @@ class TransfusionConfig(PreTrainedConfig):
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= (value := self.__dict__[name]) < self.text_config.vocab_size:
                 raise ValueError(f"`{name}`={value} lies outside the vocabulary of {self.text_config.vocab_size}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration that was saved; refuses another family's, which would fill up with defaults."""
+        if (family := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"`model_type`={family!r} is not {cls.model_type!r}: this checkpoint is of another family. A Llama "
+                "checkpoint is started from with `TransfusionForConditionalGeneration.from_llama`."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def vae_stride(self) -> int:

@@ -7,7 +7,9 @@ token. It knows ids, latents and schedulers, not strings or pictures.
 # Axes: B rows, R rows drawn (B times images per prompt), L prefix length, P patches, C latent channels, H, W latent.
 
 import copy
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,23 +26,21 @@ StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def join_caches(first: DynamicCache, second: DynamicCache) -> DynamicCache:
-    """Stacks the rows of two caches, the second being shorter and padded on the left.
+    """Stacks the rows of two caches, padding the shorter one on the left.
 
     Args:
         first (`DynamicCache`): Keys and values of `(rows, heads, length, head_dim)` per layer.
-        second (`DynamicCache`): The same heads, at most that length.
+        second (`DynamicCache`): The same heads, any length.
 
     Returns:
         `DynamicCache`: a new cache; both arguments stay as they are.
     """
     joined = []
+    length = max(first.get_seq_length(), second.get_seq_length())
     for upper, lower in zip(first.layers, second.layers, strict=True):
-        missing = upper.keys.shape[-2] - lower.keys.shape[-2]
+        pairs = (upper.keys, lower.keys), (upper.values, lower.values)
         joined.append(
-            tuple(
-                torch.cat([long, F.pad(short, (0, 0, missing, 0))])
-                for long, short in ((upper.keys, lower.keys), (upper.values, lower.values))
-            )
+            tuple(torch.cat([F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in pair]) for pair in pairs)
         )
     return DynamicCache(joined)
 
@@ -117,12 +117,14 @@ class TransfusionGenerationMixin(GenerationMixin):
             return self.draw_images(input_ids, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode`={generation_mode!r} is not one of 'text', 'image'.")
-        kwargs.setdefault("suppress_tokens", self._image_tokens())
+        kwargs["suppress_tokens"] = self._suppressed(kwargs, self.config.boi_token_id)
         return super().generate(inputs, **kwargs)
 
-    def _image_tokens(self) -> list[int]:
-        """Ids that text must not contain."""
-        return [self.config.boi_token_id, self.config.eoi_token_id, self.config.image_token_id]
+    def _suppressed(self, generate_kwargs: dict[str, Any], *token_ids: int) -> list[int]:
+        """Ids that must not be written: the image tokens given and the inner ones, beside what the caller forbids."""
+        generation_config = generate_kwargs.get("generation_config") or self.generation_config
+        asked = generate_kwargs.get("suppress_tokens") or generation_config.suppress_tokens or []
+        return sorted({*asked, *token_ids, self.config.eoi_token_id, self.config.image_token_id})
 
     def default_scheduler(self) -> SchedulerMixin:
         """Builds the scheduler that fits what this model predicts."""
@@ -215,7 +217,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): Their sizes in latent pixels.
             num_images_per_prompt (`int`, defaults to 1): Images drawn from each prompt, sharing its prefix.
             draw_kwargs: `height`, `width`, `num_inference_steps`, `guidance_scale`, `scheduler`, `generator`,
-                `latents`, `callback`: see `denoise`.
+                `latents`, `callback`, `should_stop`: see `denoise`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size * num_images_per_prompt, channels, height, width)`: latents.
@@ -227,7 +229,12 @@ class TransfusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if not bool((input_ids[:, -1] == self.config.boi_token_id).all()):
+        is_open = input_ids[:, -1] == self.config.boi_token_id
+        if bool(is_open.any()) and not bool(is_open.all()):
+            raise ValueError(
+                "`input_ids`: some prompts end in the image-opening token and some do not; add it to all."
+            )
+        if not bool(is_open.all()):
             input_ids = F.pad(input_ids, (0, 1), value=self.config.boi_token_id)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
         cache = self._read(input_ids, attention_mask, pixel_values=pixel_values, image_sizes=image_sizes)
@@ -263,6 +270,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         callback: StepCallback | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> torch.Tensor:
         """Denoises one image per row of a cached prefix; the cache is left as it was.
 
@@ -279,6 +287,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             generator (`torch.Generator` or a list of one per row, *optional*): Source of the noise.
             latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`, *optional*): Initial noise.
             callback (`Callable`, *optional*): Called as `callback(step, timestep, latents)`, returns the latents.
+            should_stop (`Callable`, *optional*): Asked after each step whether to leave the images as they stand.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size, channels, height / vae_stride, width / vae_stride)`.
@@ -294,13 +303,16 @@ class TransfusionGenerationMixin(GenerationMixin):
         scheduler = self.default_scheduler() if scheduler is None else copy.deepcopy(scheduler)
         check_scheduler(scheduler, self.config)
         shape = self._latent_shape(len(attention_mask), height, width)
-        self._check_drawing(scale, num_steps, scheduler, latents, shape)
+        self._check_drawing(scale, num_steps, scheduler, latents, shape, generator)
         device = attention_mask.device
         scheduler.set_timesteps(num_steps, device=device)
         is_flow = self.config.prediction_type == "flow_prediction"
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device) if is_flow else latents.to(device) * scheduler.init_noise_sigma
+        scheduler_step = scheduler.step
+        if "generator" in inspect.signature(scheduler.step).parameters:  # those that draw no noise do not take it
+            scheduler_step = partial(scheduler.step, generator=generator)
 
         cache, prefix_mask = past_key_values, attention_mask
         if scale > 1:
@@ -314,9 +326,11 @@ class TransfusionGenerationMixin(GenerationMixin):
             if scale > 1:
                 cond, uncond = prediction.chunk(2)
                 prediction = torch.lerp(uncond, cond, scale)
-            latents = scheduler.step(prediction, timestep, latents, generator=generator, return_dict=False)[0]
+            latents = scheduler_step(prediction, timestep, latents, return_dict=False)[0]
             if callback is not None:
                 latents = callback(step, timestep, latents)
+            if should_stop is not None and should_stop():
+                break
         return latents
 
     def _latent_shape(self, rows: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
@@ -333,7 +347,12 @@ class TransfusionGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _check_drawing(
-        scale: float, num_steps: int, scheduler: SchedulerMixin, latents: torch.Tensor | None, shape: tuple[int, ...]
+        scale: float,
+        num_steps: int,
+        scheduler: SchedulerMixin,
+        latents: torch.Tensor | None,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> None:
         """Refuses arguments of a drawing that are out of range, before any work."""
         if scale < 1:
@@ -343,6 +362,10 @@ class TransfusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`num_inference_steps`={num_steps} must lie between 1 and {limit}.")
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; this drawing needs {shape}.")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}; this drawing needs one for each of {shape[0]}."
+            )
 
     def _join_unconditional(self, cache: DynamicCache, prefix_mask: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
         """Adds to each row its unconditional twin, whose two tokens are read once for all."""
@@ -352,9 +375,9 @@ class TransfusionGenerationMixin(GenerationMixin):
         )
         uncond = self._read(prompt, torch.ones_like(prompt))
         uncond.batch_repeat_interleave(rows)
-        uncond_mask = torch.zeros_like(prefix_mask)
-        uncond_mask[:, -prompt.shape[1] :] = 1
-        return join_caches(cache, uncond), torch.cat([prefix_mask, uncond_mask])
+        masks = prefix_mask, prefix_mask.new_ones(rows, prompt.shape[1])
+        length = max(mask.shape[1] for mask in masks)
+        return join_caches(cache, uncond), torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
 
     @torch.no_grad()
     def generate_interleaved(
@@ -388,8 +411,16 @@ class TransfusionGenerationMixin(GenerationMixin):
             `list[list[torch.Tensor]]`: for each row its parts in order, one-dimensional ids of text or latents
             `(channels, height, width)` of an image.
 
+        Raises:
+            ValueError: If more than one sequence per prompt is asked for.
+
         Source: Transfusion, section 3 (inference).
         """
+        for name in ("num_beams", "num_return_sequences"):
+            if (value := generate_kwargs.get(name, 1)) != 1:
+                raise ValueError(
+                    f"`{name}`={value} must be 1 here: each prompt has one answer, drawn as it is written."
+                )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         boi, eoi = self.config.boi_token_id, self.config.eoi_token_id
@@ -397,6 +428,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         stops = [*(eos if isinstance(eos, list) else [eos]), boi]
         parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
         rows = torch.arange(len(input_ids), device=input_ids.device)
+        suppressed = self._suppressed(generate_kwargs)
+        generate_kwargs.pop("suppress_tokens", None)
         cache: DynamicCache | None = DynamicCache(config=self.config.text_config)
         images: dict[str, Any] = {"pixel_values": pixel_values, "image_sizes": image_sizes}
         for num_drawn in range(max_images + 1):
@@ -406,7 +439,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 eos_token_id=stops,
-                suppress_tokens=[eoi, self.config.image_token_id],
+                suppress_tokens=suppressed,
                 max_new_tokens=max_new_tokens,
                 return_dict_in_generate=True,
                 **images,

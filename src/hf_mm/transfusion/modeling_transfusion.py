@@ -24,7 +24,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, is_torchvision_available
-from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_transfusion import TransfusionConfig
 from .generation_transfusion import TransfusionGenerationMixin
@@ -85,6 +84,17 @@ class ImageStates:
     timesteps: torch.Tensor
     patch_index: torch.Tensor
 
+    def lengths(self, patch_size: int) -> list[int]:
+        """Patches of each image, in reading order."""
+        if len(self.groups) == 1:
+            height, width = self.groups[0][1]
+            return [height * width // patch_size**2] * len(self.timesteps)
+        lengths = [0] * len(self.timesteps)
+        for index, (height, width), _ in self.groups:
+            for image in index.tolist():
+                lengths[image] = height * width // patch_size**2
+        return lengths
+
 
 def image_block_ids(is_image: torch.Tensor) -> torch.Tensor:
     """Numbers the runs of patches in each row, so that two images are never taken for one.
@@ -100,8 +110,30 @@ def image_block_ids(is_image: torch.Tensor) -> torch.Tensor:
         tensor([[-1,  0,  0, -1,  1]])
 
     """
-    starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
-    return torch.where(is_image, starts.cumsum(-1) - 1, -1)
+    return torch.where(is_image, image_starts(is_image).cumsum(-1) - 1, -1)
+
+
+def image_starts(is_image: torch.Tensor) -> torch.Tensor:
+    """Marks the first patch of each run of patches in masks of shape `(batch_size, sequence_length)`."""
+    return is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+
+
+def refuse_unless(condition: torch.Tensor, message: str) -> None:
+    """Raises a `ValueError` where `condition` is false; compiled, it is the device that raises, without a graph break."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
+
+
+def refuse_off_grid(height: int, width: int, patch_size: int) -> None:
+    """Refuses an image that its patches do not fill.
+
+    Raises:
+        ValueError: Naming the sides and the patch size.
+    """
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"an image is {height} x {width} latent pixels; both must be multiples of {patch_size}.")
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -155,10 +187,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> "TransfusionModel":
-        """Switches the training mode; the frozen VAE stays in evaluation mode."""
+        """Switches the training mode; the VAE stays frozen and in evaluation mode."""
         super().train(mode)
         if self.vae is not None:
-            self.vae.eval()
+            self.vae.requires_grad_(False).eval()  # again, since loading leaves every weight trainable
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -183,7 +215,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if self.vae is None:
             return pixel_values
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        latents = (posterior.mode() if generator is None else posterior.sample(generator)).float()
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -206,7 +238,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The new positions.
-            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*): Padding.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                0 on padding.
             past_key_values (`Cache`, *optional*): What was read before.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Packed documents restart at 0 and are kept apart.
@@ -245,11 +278,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             `torch.FloatTensor` of shape `(num_patches, hidden_size)` in reading order, and the groups by size.
         """
         if image_sizes is None:
+            refuse_off_grid(*latents.shape[-2:], self.config.patch_size)
             patches, skips = self.patch_in(latents, timesteps)
             everything = torch.arange(len(latents), device=latents.device)
             return patches.flatten(0, 1), [(everything, tuple(latents.shape[-2:]), skips)]
         groups, pieces = [], [torch.empty(0)] * len(latents)
         for height, width in dict.fromkeys(map(tuple, image_sizes.tolist())):
+            refuse_off_grid(height, width, self.config.patch_size)
             index = (image_sizes == image_sizes.new_tensor([height, width])).all(-1).nonzero().flatten()
             patches, skips = self.patch_in(latents[index, :, :height, :width], timesteps[index])
             groups.append((index, (height, width), skips))
@@ -302,6 +337,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache
         refuse_leaky_packing(position_ids, attention_mask, past_key_values, use_cache)
         images = None
         if latents is None and pixel_values is not None:
@@ -311,17 +348,22 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
             patches, groups = self.read_images(latents.to(inputs_embeds.dtype), timesteps, image_sizes)
             is_image = input_ids == self.config.image_token_id
-            torch_compilable_check(
+            refuse_unless(
                 is_image.sum() == len(patches),
-                lambda: (
-                    f"`input_ids` holds {int(is_image.sum())} image placeholders, the images {len(patches)} patches."
-                ),
+                f"`input_ids` holds another number of image placeholders than the images' {len(patches)} patches.",
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], patches.to(inputs_embeds.dtype))
             block_ids = image_block_ids(is_image)
             # A stable sort finds the patches without asking the device how many there are.
             patch_index = torch.argsort((~is_image).flatten().to(torch.uint8), stable=True)[: len(patches)]
             images = ImageStates(groups, timesteps, patch_index)
+            firsts = [
+                torch.arange(length, device=latents.device) == 0 for length in images.lengths(self.config.patch_size)
+            ]
+            refuse_unless(
+                (image_starts(is_image).flatten()[patch_index] == torch.cat(firsts)).all(),
+                "`input_ids`: the runs of image placeholders do not have the lengths of the images, in this order.",
+            )
             attention_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids, block_ids)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -354,14 +396,15 @@ def refuse_leaky_packing(
         or (attention_mask is None and past is None and not use_cache)
     ):
         return
-    restarts = position_ids[..., 1:] < position_ids[..., :-1]
+    positions = position_ids
     if attention_mask is not None and attention_mask.ndim == 2:
-        real = attention_mask[:, -position_ids.shape[-1] :].bool()
-        restarts = restarts & real[:, 1:] & real[:, :-1]
-    torch_compilable_check(
+        positions = torch.where(attention_mask[:, -position_ids.shape[-1] :].bool(), position_ids, -1)
+    highest = F.pad(positions.cummax(-1).values[:, :-1], (1, 0), value=-1)  # positions before, padding left aside
+    restarts = (positions >= 0) & (positions <= highest)
+    refuse_unless(
         ~restarts.any(),
-        "`position_ids` restart within a row (packed documents), but `attention_mask`, `past_key_values` or `use_cache` "
-        "is given, with which the documents would see each other. Leave them out and pass `use_cache=False`.",
+        "`position_ids` restart within a row (packed documents), but `attention_mask`, `past_key_values` or "
+        "`use_cache` is given, with which the documents would see each other. Leave them out, with `use_cache=False`.",
     )
 
 
@@ -491,10 +534,12 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
         self, hidden: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
         """Cross-entropy at the positions that have a target, the only ones whose logits are computed."""
-        index = (targets.flatten() != -100).nonzero().flatten()
-        logits = self.lm_head(hidden.flatten(0, 1)[index]).float()
-        total = F.cross_entropy(logits, targets.flatten()[index], reduction="sum")
-        return total / (max(len(index), 1) if num_items is None else num_items)
+        flat, wanted = hidden.flatten(0, 1), targets.flatten()
+        if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position instead
+            index = (wanted != -100).nonzero().flatten()
+            flat, wanted = flat[index], wanted[index]
+        total = F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=-100, reduction="sum")
+        return total / ((wanted != -100).sum().clamp(min=1) if num_items is None else num_items)
 
     def _predict_images(self, hidden: torch.Tensor, images: ImageStates, shape: torch.Size) -> torch.Tensor:
         """Turns the hidden states of the patches into predictions, padded like the latents of `shape`."""
@@ -502,11 +547,7 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
         if len(images.groups) == 1 and images.groups[0][1] == tuple(shape[-2:]):
             _, size, skips = images.groups[0]
             return self.model.patch_out(vectors.unflatten(0, (shape[0], -1)), images.timesteps, skips, size)
-        lengths = [0] * shape[0]
-        for index, (height, width), _ in images.groups:
-            for image in index.tolist():
-                lengths[image] = height * width // self.config.patch_size**2
-        pieces = vectors.split(lengths)
+        pieces = vectors.split(images.lengths(self.config.patch_size))
         prediction = hidden.new_zeros(shape)
         for index, (height, width), skips in images.groups:
             group = torch.stack([pieces[image] for image in index.tolist()])
@@ -556,7 +597,8 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
         r"""Reads text and images; with `labels`, noises the images and returns the loss of both.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): See [`TransfusionModel`].
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                See [`TransfusionModel`].
             attention_mask (`torch.Tensor`, *optional*): See [`TransfusionModel`].
             position_ids (`torch.LongTensor`, *optional*): See [`TransfusionModel`].
             past_key_values (`Cache`, *optional*): See [`TransfusionModel`].

@@ -1,9 +1,9 @@
 """The noise of Transfusion: what a training image becomes at a timestep, what is predicted, which schedulers draw.
 
 Timesteps are diffusers' indices, `0` the least noisy, which is the paper's `t` minus 1; for `flow_prediction` they are
-real numbers in `[0, num_train_timesteps]`, the share of noise being `timestep / num_train_timesteps`. A clean image (one
-given as context, or written after drawing) carries `CLEAN_TIMESTEP` and no noise, in training and in sampling alike;
-for the DDPM schedule that index holds noise of standard deviation 0.006, which the model cannot tell from none.
+real numbers in `[0, num_train_timesteps]`, the share of noise being `timestep / num_train_timesteps`. A clean image
+(one given as context, or written after drawing) carries `CLEAN_TIMESTEP` and no noise, in training and in sampling
+alike; for the DDPM schedule that index holds noise of standard deviation 0.006, which the model cannot tell from none.
 """
 
 # Axes: N images, C latent channels, H and W latent pixels.
@@ -26,7 +26,8 @@ def build_scheduler(config: TransfusionConfig) -> SchedulerMixin:
         cosine schedule, the posterior variance, leading spacing and no clipping (diffusers' own defaults are linear
         betas and clipping; trailing or linspace spacing multiply the error of the first step by 126 at 250 steps).
 
-    Source: Transfusion, section 2.2 (cosine schedule) and 3 (250 of 1000 steps). Differs: variance and spacing are ours.
+    Source: Transfusion, section 2.2 (cosine schedule) and 3 (250 of 1000 steps). Differs: variance and spacing are
+    ours.
     """
     if config.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
@@ -81,9 +82,14 @@ def sample_timesteps(
     Returns:
         `torch.FloatTensor` of shape `(num_images,)`, whole numbers unless `prediction_type` is `flow_prediction`.
 
+    Raises:
+        ValueError: If the cap lies outside the noise levels.
+
     Source: Transfusion, section 3 and table 8. Differs: the paper does not state the law; uniform is the default.
     """
     limit = num_train_timesteps if max_timestep is None else max_timestep
+    if not 1 <= limit <= num_train_timesteps:
+        raise ValueError(f"`max_timestep`={max_timestep} must lie between 1 and {num_train_timesteps}.")
     if timestep_sampling == "logit_normal":
         share = torch.sigmoid(torch.randn(num_images, generator=generator))
     else:
@@ -100,7 +106,8 @@ class NoiseProcess:
     """
 
     def __init__(self, config: TransfusionConfig) -> None:
-        self.scheduler = build_scheduler(config)
+        with torch.device("cpu"):  # loading builds models on the meta device, where the schedule would be lost
+            self.scheduler = build_scheduler(config)
         self.num_train_timesteps = config.num_train_timesteps
         self.is_flow = config.prediction_type == "flow_prediction"
         self.predicts_noise = config.prediction_type == "epsilon"

@@ -39,6 +39,8 @@ class TransfusionPipeline(DiffusionPipeline):
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, scheduler: SchedulerMixin) -> None:
         super().__init__()
+        if model.config.model_type != "transfusion":
+            raise ValueError(f"`model` is a {type(model).__name__}; this pipeline draws with Transfusion models only.")
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -151,7 +153,8 @@ class TransfusionPipeline(DiffusionPipeline):
         images = None if image is None else image if isinstance(image, list) else [image]
         if images is not None:
             prompts = [self.processor.image_token + text for text in prompts]
-        height, width = height or config.image_size, width or config.image_size
+        height = config.image_size if height is None else height
+        width = config.image_size if width is None else width
         inputs = self._encode(prompts, images, height * width // config.image_stride**2)
 
         self._guidance_scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
@@ -177,6 +180,7 @@ class TransfusionPipeline(DiffusionPipeline):
                 generator=generator,
                 latents=latents,
                 callback=step_end,
+                should_stop=lambda: self._interrupt,
             )
         pictures = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()

@@ -149,7 +149,8 @@ class TransfusionProcessor(ProcessorMixin):
             the closing one and the patches are not.
 
         Raises:
-            ValueError: If a text spells a special token or a part has no known type.
+            ValueError: If a text spells a special token, an image is no multiple of the patch size, or a part has no
+                known type.
         """
         tokenizer = self.tokenizer
         input_ids, labels = [tokenizer.bos_token_id], [-100]
@@ -162,12 +163,21 @@ class TransfusionProcessor(ProcessorMixin):
                 input_ids += ids
                 labels += ids
             elif part["type"] == "image":
-                length = self.num_patches(*part["size"])
+                length = self._count_patches(*part["size"])
                 input_ids += [tokenizer.boi_token_id, *[self.image_token_id] * length, tokenizer.eoi_token_id]
                 labels += [tokenizer.boi_token_id, *[-100] * (length + 1)]
             else:
                 raise ValueError(f"`type`={part['type']!r} of a document part is not one of 'text', 'image'.")
         return {"input_ids": [*input_ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
+
+    def _count_patches(self, height: int, width: int) -> int:
+        """Patches of an image, refusing one that its patches do not fill."""
+        side = self.image_processor.patch_size
+        if height % side or width % side or not (height and width):
+            raise ValueError(
+                f"`size`={(height, width)} of a document part must be multiples of the patch size {side}."
+            )
+        return self.num_patches(height, width)
 
     def post_process_images(self, pixels: torch.Tensor, output_type: str = "pil") -> Any:
         """Turns decoded pictures into the form asked for.

@@ -1,0 +1,136 @@
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_mm.data.text_tokenizer import train_text_tokenizer
+from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration, TransfusionProcessor
+
+
+torch.set_num_threads(1)
+
+TEXTS = ["a red star on a white background", "two blue boxes left of a green moon", "an orange kite"] * 2
+
+# Wide initial weights, so that every input has a visible effect on every output that depends on it.
+SPREAD = 0.4
+
+TINY_VAE = {
+    "block_out_channels": [2, 4],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "latent_channels": 5,
+    "scaling_factor": 0.7,
+    "shift_factor": 0.3,
+    "sample_size": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_text_tokenizer(TEXTS, vocab_size=311)
+
+
+@pytest.fixture(scope="session")
+def tiny_vae():
+    return dict(TINY_VAE)
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer):
+    """Configurations of a model of a few thousand parameters, changed by keyword."""
+
+    def make(**fields):
+        text_config = {
+            "model_type": "llama",
+            "hidden_size": 20,
+            "intermediate_size": 28,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 128,
+            "initializer_range": SPREAD,
+            **fields.pop("text_config", {}),
+        }
+        fields = {"image_size": 8, "num_inference_steps": 3, "image_guidance_scale": 2.5, **fields}
+        if fields.get("patch_layer") == "unet":
+            widths = [4, 6, 8, 10][: fields.get("patch_size", 2).bit_length()]
+            fields = {
+                "unet_block_out_channels": widths,
+                "unet_norm_num_groups": 2,
+                "unet_layers_per_block": 1,
+                **fields,
+            }
+        config = TransfusionConfig(
+            text_config=text_config,
+            boi_token_id=3,
+            eoi_token_id=4,
+            image_token_id=5,
+            initializer_range=SPREAD,
+            **fields,
+        )
+        config.set_tokenizer(tokenizer)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config):
+    """Seeded models in evaluation mode, changed by keyword."""
+
+    def make(**fields):
+        torch.manual_seed(7)
+        attention = fields.pop("attn_implementation", "sdpa")
+        config = make_config(**fields)
+        return TransfusionForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_processor(tokenizer):
+    def make(config):
+        return TransfusionProcessor.from_config(config, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lay_out():
+    """Rows of ids from parts: an integer is a text token, a pair the latent size of an image."""
+
+    def lay(config, *parts):
+        ids = []
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                count = part[0] * part[1] // config.patch_size**2
+                ids += [config.boi_token_id, *[config.image_token_id] * count, config.eoi_token_id]
+        return ids
+
+    return lay
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """Pictures of noise, different by seed."""
+
+    def draw(seed=0, height=11, width=13, mode="RGB"):
+        values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+        return Image.fromarray(values, "RGBA").convert(mode) if mode != "RGBA" else Image.fromarray(values)
+
+    return draw
