@@ -92,6 +92,7 @@ _register_transfusion()
 _register_text_to_image()
 
 __all__ = [
+    "DEFAULT_CHECKPOINT",
     "TextToImagePipeline",
     "TransfusionConfig",
     "TransfusionForConditionalGeneration",

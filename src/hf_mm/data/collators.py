@@ -67,8 +67,19 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
 
     def __getitem__(self, key: SampleKey) -> Document:
         """Builds the document of one sample."""
+        return self._build(self.sources[key.source][key.row], key)
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Document]:
+        """Builds the documents of a batch; rows are read together, which costs less."""
+        numbers: dict[int, list[int]] = {}
+        for key in keys:
+            numbers.setdefault(key.source, []).append(key.row)
+        rows = {source: iter(self.sources[source].__getitems__(wanted)) for source, wanted in numbers.items()}
+        return [self._build(next(rows[key.source]), key) for key in keys]
+
+    def _build(self, row: dict[str, Any], key: SampleKey) -> Document:
+        """Builds the document of one row."""
         generator = sample_generator(self.seed, key.number)
-        row = self.sources[key.source][key.row]
         content, max_timestep = build_content(row, self.arguments, generator, self.form_weights)
         images = [self._read_image(row, part, generator) for part in content if part["type"] == "image"]
         shapes = [self._latent_shape(image) for image in images]

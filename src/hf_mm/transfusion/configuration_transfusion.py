@@ -136,6 +136,11 @@ class TransfusionConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if (value := self.__dict__[name]) not in allowed:
                 raise ValueError(f"`{name}`={value!r} is not one of {allowed}.")
+        if self.vae_config is not None and self.vae_config.get("scaling_factor") is None:
+            raise ValueError(
+                "`vae_config` has no `scaling_factor`, and the model needs latents of unit variance. "
+                "recipes/encode_images.py measures it and keeps a copy of the autoencoder with it."
+            )
         levels = self.patch_size.bit_length()
         if self.patch_layer == "unet" and len(self.unet_block_out_channels) != levels:
             raise ValueError(
