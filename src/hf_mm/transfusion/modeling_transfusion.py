@@ -119,7 +119,7 @@ def image_starts(is_image: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_unless(condition: torch.Tensor, message: str) -> None:
-    """Raises a `ValueError` where `condition` is false; compiled, it is the device that raises, without a graph break."""
+    """Raises a `ValueError` where `condition` is false; in a compiled graph the device raises, with no graph break."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not bool(condition):
