@@ -1,4 +1,4 @@
-"""Scores a model on held-out icon scenes: pictures drawn from prompts never seen in training, and captions of pictures.
+"""Scores a model on held-out icon scenes: pictures drawn from unseen prompts, and captions of pictures.
 
 python recipes/evaluate.py --model_name_or_path runs/transfusion_tiny --output_dir runs/transfusion_tiny/evaluation
 

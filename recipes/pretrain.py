@@ -8,16 +8,18 @@ The same command goes on where a stopped run was. The output folder is then a Hu
 """
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from datasets import Dataset, load_dataset
 
 from building import DocumentBatches, ModelArguments, build_model, find_text_tokenizer, load_config
-from datasets import Dataset, load_dataset
-from reporting import RunReport, first_captions
-
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.captions import row_weights
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
@@ -27,6 +29,7 @@ from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
+from reporting import RunReport, first_captions
 
 
 @dataclass
@@ -57,9 +60,75 @@ def load_text_rows(arguments: PretrainArguments) -> Dataset | None:
     )
 
 
+class RunRows(NamedTuple):
+    """The rows of a run: pairs, text-only rows if any, and held-out pairs."""
+
+    pairs: Dataset
+    texts: Dataset | None
+    held_out: Dataset
+    caption_report: str
+
+
+def prepare_run_rows(
+    pairs: Dataset,
+    tokenizer: Any,
+    room: int,
+    data_args: DatasetArguments,
+    caption_args: CaptionArguments,
+    extra: PretrainArguments,
+    open_size: dict[str, int],
+    output_dir: Path,
+) -> RunRows:
+    """Cleans and filters the pairs so that each fits into `room` tokens, and opens the other rows."""
+    caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
+    eval_args = replace(
+        data_args,
+        dataset_name=extra.eval_dataset_name or data_args.dataset_name,
+        dataset_split=extra.eval_dataset_split or data_args.dataset_split,
+        num_scenes=extra.num_eval_documents,
+    )
+    pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer)
+    held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer)
+    if report is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+    return RunRows(pairs, load_text_rows(extra), held_out, "" if report is None else report.to_markdown())
+
+
+def build_sampler(
+    rows: RunRows,
+    documents: DocumentBatches,
+    caption_args: CaptionArguments,
+    text_token_share: float,
+    recipe: TrainingRecipe,
+    accelerator: Accelerator,
+    first_step: int,
+) -> StepSampler:
+    """Builds the order in which this process reads the rows, from the step after `first_step` on."""
+    share = 0.0
+    if rows.texts is not None:
+        lengths = (documents.mean_tokens(rows.pairs, rows.texts, source) for source in (1, 0))
+        share = document_share(text_token_share, *lengths)
+    return StepSampler(
+        len(rows.pairs),
+        recipe.per_device_train_batch_size,
+        recipe.seed,
+        batches_per_step=recipe.gradient_accumulation_steps,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        first_step=first_step,
+        num_text_rows=0 if rows.texts is None else len(rows.texts),
+        text_document_share=share,
+        weights=row_weights(rows.pairs, caption_args) if caption_args.is_weighted else None,
+        final_step=int(recipe.max_steps * (1 - caption_args.final_share)),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, shows samples on the way, and exports the finished model."""
-    model_args, data_args, caption_args, document_args, extra, recipe = parse_recipe(
+    started = time.monotonic()
+    argv = sys.argv[1:] if argv is None else argv
+    parsed = parse_recipe(
         ModelArguments,
         DatasetArguments,
         CaptionArguments,
@@ -68,66 +137,36 @@ def main(argv: Sequence[str] | None = None) -> Path:
         TrainingRecipe,
         argv=argv,
     )
-    identity = {
-        name: value
-        for part in (model_args, data_args, caption_args, document_args, extra)
-        for name, value in asdict(part).items()
-    }
-    started = time.monotonic()
+    model_args, data_args, caption_args, document_args, extra, recipe = parsed
+    identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
-    config = load_config(model_args)
-    size = {"image_size": config.image_size, "seed": recipe.seed}
-    with accelerator.main_process_first():
-        rows = open_rows(data_args, **size)
-    tokenizer = find_text_tokenizer(model_args, rows, output_dir, accelerator)
-    model, processor = build_model(model_args, config, tokenizer)
 
-    room = (extra.window_length or config.text_config.max_position_embeddings) - processor.tokens_per_image() - 2
-    caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
-    eval_args = replace(
-        data_args,
-        dataset_name=extra.eval_dataset_name or data_args.dataset_name,
-        dataset_split=extra.eval_dataset_split or data_args.dataset_split,
-        num_scenes=extra.num_eval_documents,
-    )
+    config = load_config(model_args)
+    open_size = {"image_size": config.image_size, "seed": recipe.seed}
     with accelerator.main_process_first():
-        rows, report = prepare_rows(rows, data_args, caption_args, tokenizer)
-        held_out, _ = prepare_rows(open_rows(eval_args, **size), eval_args, caption_args, tokenizer)
-    if report is not None and accelerator.is_main_process:
-        (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-        print(report.to_markdown())
-    text_rows = load_text_rows(extra)
+        pairs = open_rows(data_args, **open_size)
+    tokenizer = find_text_tokenizer(model_args, pairs, output_dir, accelerator)
+    model, processor = build_model(model_args, config, tokenizer)
+    room = (extra.window_length or config.text_config.max_position_embeddings) - processor.tokens_per_image() - 2
+    with accelerator.main_process_first():
+        rows = prepare_run_rows(pairs, tokenizer, room, data_args, caption_args, extra, open_size, output_dir)
+    accelerator.print(rows.caption_report)
 
     parts = prepare_training(accelerator, model, recipe)
     progress = TrainingProgress()
     checkpoints = Checkpoints(accelerator, parts, progress, recipe, identity)
     first_step = checkpoints.resume()
     documents = DocumentBatches(model, processor, document_args, caption_args.form_weights(), extra.window_length)
-    share = 0.0
-    if text_rows is not None:
-        lengths = (documents.mean_tokens(rows, text_rows, source) for source in (1, 0))
-        share = document_share(document_args.text_token_share, *lengths)
-    sampler = StepSampler(
-        len(rows),
-        recipe.per_device_train_batch_size,
-        recipe.seed,
-        batches_per_step=recipe.gradient_accumulation_steps,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        first_step=first_step,
-        num_text_rows=0 if text_rows is None else len(text_rows),
-        text_document_share=share,
-        weights=row_weights(rows, caption_args) if caption_args.is_weighted else None,
-        final_step=int(recipe.max_steps * (1 - caption_args.final_share)),
-    )
-    batches = documents.endless(rows, text_rows, sampler, recipe.seed, recipe.dataloader_num_workers)
+    share = document_args.text_token_share
+    sampler = build_sampler(rows, documents, caption_args, share, recipe, accelerator, first_step)
+    batches = documents.endless(rows.pairs, rows.texts, sampler, recipe.seed, recipe.dataloader_num_workers)
 
-    shown = RunReport(
-        accelerator, parts, processor, extra.sample_prompts or first_captions(held_out, extra.num_samples), output_dir
-    )
-    held_out_batches = (held_out, extra.num_eval_documents, recipe.per_device_train_batch_size, recipe.seed + 1)
-    evaluate = shown.evaluation(lambda: documents.fixed(*held_out_batches), model.count_targets)
+    prompts = extra.sample_prompts or first_captions(rows.held_out, extra.num_samples)
+    run_report = RunReport(accelerator, parts, processor, prompts, output_dir)
+    held_out = (rows.held_out, extra.num_eval_documents, recipe.per_device_train_batch_size, recipe.seed + 1)
+    evaluate = run_report.evaluation(lambda: documents.fixed(*held_out), model.count_targets)
+    eval_steps = recipe.eval_steps if extra.eval_dataset_split else None
     train(
         accelerator,
         parts,
@@ -136,14 +175,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=model.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.sample_steps, shown.draw), (recipe.eval_steps if extra.eval_dataset_split else None, evaluate)],
+        every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate)],
     )
     if accelerator.is_main_process:
-        command = " ".join(["accelerate launch recipes/pretrain.py", *(sys.argv[1:] if argv is None else argv)])
-        minutes = round((time.monotonic() - started) / 60, 1)
-        facts = {"command": command, "minutes": minutes, "progress": progress.state_dict(), "num_rows": len(rows)}
-        shown.export(facts, asdict(recipe) | identity, "" if report is None else report.to_markdown())
-        print(f"The finished model is in {output_dir}: {progress.step} steps, {minutes} minutes since this start.")
+        facts = {
+            "command": " ".join(["accelerate launch recipes/pretrain.py", *argv]),
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "progress": progress.state_dict(),
+            "num_rows": len(rows.pairs),
+        }
+        run_report.export(facts, asdict(recipe) | identity, rows.caption_report)
+        print(
+            f"The finished model is in {output_dir}: {progress.step} steps, {facts['minutes']} minutes since this start."
+        )
         if recipe.push_to_hub is not None:
             print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")
     accelerator.end_training()
