@@ -60,6 +60,16 @@ def load_text_rows(arguments: PretrainArguments) -> Dataset | None:
     )
 
 
+ARGUMENTS = (
+    ModelArguments,
+    DatasetArguments,
+    CaptionArguments,
+    DocumentArguments,
+    PretrainArguments,
+    TrainingRecipe,
+)
+
+
 class RunRows(NamedTuple):
     """The rows of a run: pairs, text-only rows if any, and held-out pairs."""
 
@@ -128,15 +138,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, shows samples on the way, and exports the finished model."""
     started = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
-    parsed = parse_recipe(
-        ModelArguments,
-        DatasetArguments,
-        CaptionArguments,
-        DocumentArguments,
-        PretrainArguments,
-        TrainingRecipe,
-        argv=argv,
-    )
+    parsed = parse_recipe(*ARGUMENTS, argv=argv)
     model_args, data_args, caption_args, document_args, extra, recipe = parsed
     identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
