@@ -57,7 +57,13 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"timestep_sampling": "normal"}, "timestep_sampling.*normal"),
         ({"patch_layer": "unet", "unet_block_out_channels": [8]}, "unet_block_out_channels"),
         ({"image_size": 13}, "image_size.*13.*2 pixels"),
-        ({"image_size": 12, "vae_config": {"latent_channels": 4, "block_out_channels": [1, 1, 1], "scaling_factor": 1}}, "8 pixels"),
+        (
+            {
+                "image_size": 12,
+                "vae_config": {"latent_channels": 4, "block_out_channels": [1, 1, 1], "scaling_factor": 1},
+            },
+            "8 pixels",
+        ),
         ({"vae_config": {"latent_channels": 4, "block_out_channels": [1, 1, 1]}}, "vae_config.*scaling_factor"),
         ({"image_guidance_scale": 0.5}, "image_guidance_scale.*0.5"),
         ({"image_token_id": 99999}, "image_token_id.*99999"),
