@@ -181,9 +181,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     if accelerator.is_main_process:
         facts = {
-            "command": " ".join(["accelerate launch recipes/pretrain.py", *argv]),
+            "command": f"accelerate launch recipes/pretrain.py {shlex.join(argv)}",
             "minutes": round((time.monotonic() - started) / 60, 1),
-            "progress": progress.state_dict(),
+            "step": progress.step,
+            "num_seen": progress.num_seen,
             "num_rows": len(rows.pairs),
         }
         run_report.export(facts, asdict(recipe) | identity, rows.caption_report)
