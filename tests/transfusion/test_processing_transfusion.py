@@ -110,7 +110,9 @@ def test_an_image_off_the_patch_grid_is_refused(processor, size):
 
 
 def test_a_tokenizer_without_image_tokens_is_refused(tokenizer):
-    plain = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), bos_token="<s>", eos_token="</s>")
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), bos_token="<s>", eos_token="</s>"
+    )
     with pytest.raises(ValueError, match="tokenizer.*pad_token.*boi_token.*eoi_token.*image_token"):
         TransfusionProcessor(TransfusionImageProcessor(), plain)
 

@@ -1,0 +1,134 @@
+"""The contracts that families share instead of base classes, tested for every family."""
+
+import inspect
+import io
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from hf_mm.data.collators import TrainingDocuments, collate_documents
+from hf_mm.data.mixing import DocumentArguments, SampleKey
+from hf_mm.text_to_image import build_drawing_pipeline
+
+
+@dataclass
+class Family:
+    """A tiny model with its processor, and how the data makes its batches."""
+
+    model: torch.nn.Module
+    processor: object
+    latent_shape: tuple
+
+
+@pytest.fixture(params=["transfusion", "transfusion_unet"])
+def family(request, make_model, make_processor):
+    model = make_model(patch_layer="unet" if request.param.endswith("unet") else "linear")
+    return Family(model, make_processor(model.config), (3, 8, 8))
+
+
+def png(seed):
+    buffer = io.BytesIO()
+    values = np.random.default_rng(seed).integers(0, 256, (9 + seed, 13, 3), dtype=np.uint8)
+    Image.fromarray(values).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def pixels(seed):
+    return np.random.default_rng(seed).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+
+
+def rows_of(form):
+    texts = ["a red star", "kite", "two blue boxes", "a green moon", "an orange kite on white"]
+    if form == "pair":
+        return Dataset.from_dict({"image": [png(seed) for seed in range(5)], "text": texts})
+    if form == "encoded pair":
+        return Dataset.from_dict({"pixels": [pixels(seed) for seed in range(5)], "text": texts})
+    if form == "text":
+        return Dataset.from_dict({"text": texts})
+    picture = Image.open(io.BytesIO(png(3)["bytes"]))
+    return [
+        {
+            "content": [
+                {"type": "text", "text": text},
+                {"type": "image", "image": picture},
+                {"type": "text", "text": "!"},
+            ]
+        }
+        for text in texts
+    ]
+
+
+def documents_of(family, form):
+    dataset = TrainingDocuments(
+        rows_of(form),
+        processor=family.processor,
+        image_size=8,
+        latent_shape=family.latent_shape,
+        sample_timesteps=family.model.timestep_sampler(),
+        arguments=DocumentArguments(image_first_share=0.4, noise_cap=500),
+        seed=3,
+    )
+    return [dataset[SampleKey(number, 0, number)] for number in range(5)]
+
+
+def collate(family, documents, **arguments):
+    return collate_documents(documents, pad_token_id=family.processor.tokenizer.pad_token_id, **arguments)
+
+
+FORMS = ["pair", "encoded pair", "document", "text"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window_length", [None, 64])
+def test_every_row_format_becomes_a_batch_whose_keys_are_forwards_arguments(family, form, window_length):
+    batch = collate(family, documents_of(family, form), window_length=window_length)
+    arguments = inspect.signature(family.model.forward).parameters
+    assert batch.keys() <= arguments.keys()
+    loss = family.model.train()(**batch).loss
+    assert loss.ndim == 0 and loss.isfinite()
+    loss.backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_counted_micro_batches_add_up_to_one_big_batch(family, form):
+    documents, model = documents_of(family, form), family.model.train()
+    whole = collate(family, documents)
+    expected = model(**whole).loss
+    counts = model.count_targets(whole)
+    arguments = inspect.signature(model.forward).parameters
+    assert counts.keys() <= arguments.keys()
+    parts = [collate(family, documents[:2]), collate(family, documents[2:3]), collate(family, documents[3:])]
+    part_counts = [model.count_targets(part) for part in parts]
+    assert {name: sum(int(count[name]) for count in part_counts) for name in counts} == {
+        name: int(count) for name, count in counts.items()
+    }
+    total = sum(model(**part, **counts).loss for part in parts)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_windows_have_the_loss_of_separate_rows(family, form):
+    documents, model = documents_of(family, form), family.model.train()
+    torch.testing.assert_close(
+        model(**collate(family, documents, window_length=61)).loss,
+        model(**collate(family, documents)).loss,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_every_family_draws_by_the_same_arguments(family):
+    pipe = build_drawing_pipeline(family.model, family.processor)
+    pipe.set_progress_bar_config(disable=True)
+    parameters = inspect.signature(pipe.__call__).parameters
+    assert {"prompt", "image", "guidance_scale", "num_images_per_prompt", "generator"} <= parameters.keys()
+    draw = partial(pipe, num_images_per_prompt=2, guidance_scale=1.5, num_inference_steps=2)
+    first, again = (draw(["kite", "a red star"], generator=torch.Generator().manual_seed(0)).images for _ in range(2))
+    assert len(first) == 4 and all(isinstance(image, Image.Image) for image in first)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, again, strict=True))
+    assert len(pipe("kite", image=first[0], num_inference_steps=2).images) == 1
