@@ -58,7 +58,9 @@ def find_text_tokenizer(arguments: ModelArguments, rows: Dataset, run_dir: Path,
     name = arguments.tokenizer_name or arguments.model_name_or_path or str(run_dir / "text_tokenizer")
     with accelerator.main_process_first():
         if arguments.tokenizer_name is None and arguments.model_name_or_path is None and not Path(name).exists():
-            train_text_tokenizer(iterate_captions(rows), arguments.vocab_size).save_pretrained(name)
+            draft = f"{name}.tmp"  # renamed when whole, for a run that is killed meanwhile
+            train_text_tokenizer(iterate_captions(rows), arguments.vocab_size).save_pretrained(draft)
+            Path(draft).rename(name)
     return load_text_tokenizer(name)
 
 
@@ -104,7 +106,7 @@ class DocumentBatches:
             sample_timesteps=model.timestep_sampler(),
             arguments=arguments,
             form_weights=form_weights,
-            max_text_tokens=window_length or model.config.text_config.max_position_embeddings,
+            max_tokens=window_length or model.config.text_config.max_position_embeddings,
         )
 
     def collator(self, rows: Dataset) -> Any:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from building import DocumentBatches, ModelArguments, build_model, find_text_tokenizer, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.captions import row_weights
+from hf_mm.data.documents import load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.hub import push_folder
@@ -47,17 +48,6 @@ class PretrainArguments:
         default_factory=list, metadata={"help": "Of the grids; none: held-out captions."}
     )
     num_samples: int = field(default=16, metadata={"help": "Pictures of a grid without prompts of its own."})
-
-
-def load_text_rows(arguments: PretrainArguments) -> Dataset | None:
-    """Loads the text-only rows, if the recipe names any."""
-    if arguments.text_dataset_name is None:
-        return None
-    rows = load_dataset(arguments.text_dataset_name, arguments.text_dataset_config_name, split="train")
-    rows = rows.select_columns(arguments.text_dataset_column)
-    return (
-        rows if arguments.text_dataset_column == "text" else rows.rename_column(arguments.text_dataset_column, "text")
-    )
 
 
 ARGUMENTS = (
@@ -90,6 +80,11 @@ def prepare_run_rows(
     output_dir: Path,
 ) -> RunRows:
     """Cleans and filters the pairs so that each fits into `room` tokens, and opens the other rows."""
+    if room < 1:
+        raise ValueError(
+            f"`window_length`={extra.window_length} (none: the model's `max_position_embeddings`) has no room for a "
+            f"picture and a caption. Raise it by at least {1 - room}."
+        )
     caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
     eval_args = replace(
         data_args,
@@ -98,11 +93,23 @@ def prepare_run_rows(
         num_scenes=extra.num_eval_documents,
     )
     pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer)
-    held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer)
+    held_out = pairs
+    if extra.eval_dataset_name is not None or extra.eval_dataset_split is not None:
+        held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer)
     if report is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-    return RunRows(pairs, load_text_rows(extra), held_out, "" if report is None else report.to_markdown())
+    shown = "" if report is None else report.to_markdown()
+    if extra.text_dataset_name is None:
+        return RunRows(pairs, None, held_out, shown)
+    texts, num_dropped = load_texts(
+        extra.text_dataset_name,
+        config_name=extra.text_dataset_config_name,
+        column=extra.text_dataset_column,
+        reserved=tokenizer.all_special_tokens,
+    )
+    shown += f"\n\nText-only rows: {len(texts)}; {num_dropped} dropped, empty or with a special token in the text."
+    return RunRows(pairs, texts, held_out, shown.strip())
 
 
 def build_sampler(
@@ -188,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "num_rows": len(rows.pairs),
         }
         run_report.export(facts, asdict(recipe) | identity, rows.caption_report)
-        print(
-            f"The finished model is in {output_dir}: {progress.step} steps, {facts['minutes']} minutes since this start."
-        )
+        print(f"The finished model is in {output_dir}: {progress.step} steps, {facts['minutes']} minutes this time.")
         if recipe.push_to_hub is not None:
             print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")
     accelerator.end_training()

@@ -1,5 +1,6 @@
 """What the training recipes show: sample grids, losses on held-out rows, and the finished model with its card."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 
+from hf_mm.data.formats import iterate_captions
 from hf_mm.hub import export_folder
 from hf_mm.text_to_image import build_drawing_pipeline
 from hf_mm.training.held_out import held_out_loss
@@ -21,9 +23,9 @@ LOSS_PARTS = {"text_loss": "num_items_in_batch", "image_loss": "num_images_in_ba
 
 
 def first_captions(rows: Dataset, num_rows: int) -> list[str]:
-    """Captions of the first rows, as prompts where a recipe names none."""
-    name = "text" if "text" in rows.column_names else "description"
-    return list(rows[:num_rows][name])
+    """The first caption of each of the first rows that have one, as prompts where a recipe names none."""
+    captions = (next(iterate_captions(rows.select([number])), None) for number in range(len(rows)))
+    return list(itertools.islice(filter(None, captions), num_rows))
 
 
 class RunReport:

@@ -23,7 +23,7 @@ def recipe() -> ModuleType:
 def test_icon_scenes_give_a_tokenizer_that_shortens_their_captions(recipe: ModuleType, tmp_path: Path) -> None:
     config = tmp_path / "tokenizer.yaml"
     config.write_text(
-        f"dataset_name: icon_scenes:shapes\nmax_rows: 50\nvocab_size: 307\noutput_dir: {tmp_path / 'out'}\n"
+        f"dataset_name: icon_scenes:shapes\nnum_scenes: 50\nvocab_size: 307\noutput_dir: {tmp_path / 'out'}\n"
     )
     assert recipe.main([f"--config={config}", "--vocab_size", "293"]) == tmp_path / "out"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -3,10 +3,10 @@ import os
 import sys
 from pathlib import Path
 
-import pretrain
 import pytest
 from transformers.utils import logging
 
+import pretrain
 from hf_mm.training.history import read_history
 
 

@@ -3,9 +3,7 @@ import random
 import signal
 import subprocess
 import time
-from pathlib import Path
 
-import hf_mm  # noqa: F401
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -13,6 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
+import hf_mm  # noqa: F401
 from hf_mm.training.checkpoint import list_checkpoints
 
 

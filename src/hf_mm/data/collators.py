@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .formats import center_crop_resize, open_image
+from .formats import RowError, center_crop_resize, open_image
 from .mixing import DocumentArguments, SampleKey, build_content, sample_generator
 from .packing import pack_windows
 
@@ -41,8 +41,8 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         arguments (`DocumentArguments`): Order, dropout and noise cap.
         seed (`int`): Of all draws.
         text_rows (`datasets.Dataset`, *optional*): Text-only rows, the source 1 of the keys.
-        max_text_tokens (`int`, *optional*): Longer text-only documents give a stretch of that length, drawn anew each
-            time. Documents with images are never cut.
+        max_tokens (`int`, *optional*): Longer text-only documents give a stretch of that length, drawn anew each time.
+            Documents with images are never cut, but refused.
         form_weights (`dict`, *optional*): Chances of the caption forms.
     """
 
@@ -57,13 +57,13 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         arguments: DocumentArguments,
         seed: int,
         text_rows: Any = None,
-        max_text_tokens: int | None = None,
+        max_tokens: int | None = None,
         form_weights: dict[str, float] | None = None,
     ) -> None:
         self.sources = (rows, text_rows)
         self.processor, self.image_size, self.latent_shape = processor, image_size, latent_shape
         self.sample_timesteps, self.arguments, self.seed = sample_timesteps, arguments, seed
-        self.form_weights, self.max_text_tokens = form_weights, max_text_tokens
+        self.form_weights, self.max_tokens = form_weights, max_tokens
 
     def __getitem__(self, key: SampleKey) -> Document:
         """Builds the document of one sample."""
@@ -82,12 +82,19 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         generator = sample_generator(self.seed, key.number)
         content, max_timestep = build_content(row, self.arguments, generator, self.form_weights)
         images = [self._read_image(row, part, generator) for part in content if part["type"] == "image"]
-        shapes = [self._latent_shape(image) for image in images]
+        # Pictures that the model's image tokenizer has yet to encode get noise of the shape they will have then.
+        has_final_shape = "latent_mean" in row or self.latent_shape[1] == self.image_size
+        shapes = [tuple(image.shape) if has_final_shape else self.latent_shape for image in images]
         sizes = iter(shapes)
         parts = [{**part, "size": next(sizes)[1:]} if part["type"] == "image" else part for part in content]
         document: Document = dict(self.processor.encode_document(parts))
-        if not images and self.max_text_tokens is not None:
-            document = cut_text(document, self.max_text_tokens, generator)
+        if self.max_tokens is not None and len(document["input_ids"]) > self.max_tokens:
+            if images:
+                raise RowError(
+                    f"Row {key.row}: its document has {len(document['input_ids'])} tokens, more than the "
+                    f"{self.max_tokens} of a window. Lower `max_caption_tokens`, or raise `window_length`."
+                )
+            document = cut_text(document, self.max_tokens, generator)
         document["images"] = images
         document["noise"] = [torch.randn(shape, generator=generator) for shape in shapes]
         document["timesteps"] = self.sample_timesteps(len(images), max_timestep=max_timestep, generator=generator)
@@ -107,17 +114,10 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
             pixels = np.asarray(center_crop_resize(picture, self.image_size)).transpose(2, 0, 1)
         return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
 
-    def _latent_shape(self, image: torch.Tensor) -> tuple[int, int, int]:
-        """Shape of an image once encoded: its own, or that of the latents the model will make of a picture."""
-        is_encoded = image.shape[0] == self.latent_shape[0]
-        return tuple(image.shape) if is_encoded else self.latent_shape
-
 
 def cut_text(document: Document, max_tokens: int, generator: torch.Generator) -> Document:
     """Takes a random stretch of a text that is too long; its first token is no target, for nothing predicts it."""
     excess = len(document["input_ids"]) - max_tokens
-    if excess <= 0:
-        return document
     start = int(torch.randint(excess + 1, (1,), generator=generator))
     stretch = {name: values[start : start + max_tokens] for name, values in document.items()}
     stretch["labels"] = [-100, *stretch["labels"][1:]]

@@ -60,7 +60,7 @@ def load_rows(
     aesthetic_score_column: str | None = None,
     streaming: bool = False,
 ) -> Rows:
-    """Loads captioned images and gives their columns the standard names of a pair row.
+    """Loads captioned images and gives their columns the standard names of a pair row; documents come as they are.
 
     A column that is not named here is looked for under its standard name (`text`, `description`, `keywords`,
     `categories`, `has_people`, `aesthetic_score`). Naming a description or keywords column, and no text column, puts
@@ -98,6 +98,8 @@ def load_rows(
         "aesthetic_score": aesthetic_score_column,
     }
     rows = open_source(source, split=split, config_name=config_name, streaming=streaming)
+    if "content" in rows.column_names and not any([*named.values(), image_column in rows.column_names]):
+        return check_columns(rows, "document")
     if text_column is None and (description_column or keywords_column) and "text" in rows.column_names:
         rows = rows.remove_columns("text")
     rows = _rename(rows, "image", image_column)
@@ -138,7 +140,7 @@ def check_columns(rows: Rows, row_format: str) -> Rows:
         row_format (`str`): `"pair"`, `"document"` or `"conversation"`.
 
     Returns:
-        The same rows; `image` of a pair row is cast to undecoded bytes and path.
+        The same rows; images of pair and document rows are cast to undecoded bytes and path.
 
     Raises:
         ValueError: If a column is missing (the message lists those there are) or has the wrong type.
@@ -148,6 +150,9 @@ def check_columns(rows: Rows, row_format: str) -> Rows:
     needed = ROW_FORMATS[row_format]
     if needed not in rows.column_names:
         raise ValueError(f"A {row_format} row needs the column `{needed}`. Columns here: {rows.column_names}.")
+    if row_format == "document":
+        undecoded = _undecoded(rows.features["content"])
+        return rows if rows.features["content"] == undecoded else rows.cast_column("content", undecoded)
     if row_format != "pair":
         return rows
     if not {"text", "description", "keywords"} & set(rows.column_names):
@@ -341,6 +346,17 @@ def _pull_out(rows: Rows, top: str, inner: list[str], standard: str, feature: An
     return concatenate_datasets([rest, column], axis=1)
 
 
+def _undecoded(feature: Any) -> Any:  # noqa: ANN401
+    """Puts off the decoding of images anywhere inside a column's type."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, Mapping):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    return feature
+
+
 def _is_text(feature: Any) -> bool:  # noqa: ANN401
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
@@ -411,9 +427,10 @@ def _check_messages(messages: Any, number: int) -> None:  # noqa: ANN401
 
 
 def iterate_captions(rows: Rows) -> Iterator[str]:
-    """Yields every text, description, keyword list and category list of the rows, without reading an image."""
-    present = [column for column in TEXT_COLUMNS if column in rows.column_names]
+    """Yields every text, description, keyword list, category list and text part of the rows, reading no image."""
+    present = [column for column in ("content", *TEXT_COLUMNS) if column in rows.column_names]
     for row in rows.select_columns(present):
+        yield from (part["text"] for part in row.pop("content", None) or () if part.get("text"))
         for value in row.values():
             if value:
                 yield value if isinstance(value, str) else ", ".join(value)

@@ -3,8 +3,10 @@
 Knows names of sources and columns; does not know what the rows are for.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from .caption_arguments import CaptionArguments
 from .caption_report import CaptionReport
 from .captions import prepare_pairs
+from .documents import prepare_documents
 from .formats import Rows, load_rows
-from .icon_scenes import icon_scenes_dataset
+from .icon_scenes import icon_scenes_dataset, icon_scenes_stream
 from .image_encoding import MANIFEST, load_encoded
 
 
@@ -27,8 +30,8 @@ class DatasetArguments:
     dataset_name: str = field(
         default="icon_scenes:shapes",
         metadata={
-            "help": "icon_scenes:shapes or icon_scenes:icons; a folder of encode_images.py; an image folder, parquet or "
-            "tar files (a glob), a folder of save_to_disk, or a Hub dataset id."
+            "help": "icon_scenes:shapes or icon_scenes:icons; a folder of encode_images.py; an image folder, parquet "
+            "or tar files (a glob), a folder of save_to_disk, or a Hub dataset id."
         },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split to read, e.g. train or train[:1000]."})
@@ -45,7 +48,14 @@ class DatasetArguments:
     aesthetic_score_column: str | None = field(default=None, metadata={"help": "Column with aesthetic scores."})
 
 
-def open_rows(arguments: DatasetArguments, *, image_size: int, seed: int = 0, num_proc: int | None = None) -> Rows:
+def open_rows(
+    arguments: DatasetArguments,
+    *,
+    image_size: int,
+    seed: int = 0,
+    num_proc: int | None = None,
+    streaming: bool = False,
+) -> Rows:
     """Opens the rows that a recipe names.
 
     Args:
@@ -53,25 +63,23 @@ def open_rows(arguments: DatasetArguments, *, image_size: int, seed: int = 0, nu
         image_size (`int`): Pixels at which embedded scenes are drawn; other sources keep their pictures.
         seed (`int`, defaults to 0): Of the embedded scenes.
         num_proc (`int`, *optional*): Processes that draw them.
+        streaming (`bool`, defaults to `False`): Whether to read rows one after the other instead of by number.
 
     Returns:
-        `datasets.Dataset`: pair rows, or rows with encoded images.
+        `datasets.Dataset`, or `datasets.IterableDataset` when streaming: pair rows, documents, or rows with encoded
+        images (which are never streamed).
 
     Raises:
         ValueError: If the source or a named column is not there.
     """
     name = arguments.dataset_name
     if name.startswith(EMBEDDED):
-        return icon_scenes_dataset(
-            arguments.num_scenes,
-            glyph_set=name.removeprefix(EMBEDDED),
-            size_px=image_size,
-            split=arguments.dataset_split,
-            seed=seed,
-            num_proc=num_proc,
-        )
+        fields: dict[str, Any] = {"glyph_set": name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
+        if streaming:
+            return icon_scenes_stream(arguments.num_scenes, split=arguments.dataset_split, **fields)
+        return icon_scenes_dataset(arguments.num_scenes, split=arguments.dataset_split, num_proc=num_proc, **fields)
     if (Path(name) / MANIFEST).exists():
-        return load_encoded(name)
+        return _open_encoded(arguments, image_size)
     return load_rows(
         name,
         split=arguments.dataset_split,
@@ -83,7 +91,25 @@ def open_rows(arguments: DatasetArguments, *, image_size: int, seed: int = 0, nu
         categories_column=arguments.categories_column,
         has_people_column=arguments.has_people_column,
         aesthetic_score_column=arguments.aesthetic_score_column,
+        streaming=streaming,
     )
+
+
+def _open_encoded(arguments: DatasetArguments, image_size: int) -> Dataset:
+    """Opens encoded images, refusing those of another size and splits, which a folder of them has not."""
+    name, split = arguments.dataset_name, arguments.dataset_split
+    height, width = json.loads((Path(name) / MANIFEST).read_text(encoding="utf-8"))["image_size"]
+    if (height, width) != (image_size, image_size):
+        raise ValueError(
+            f"`dataset_name`={name!r} holds images encoded at {height} x {width} px, but {image_size} x {image_size} "
+            f"px are needed. Encode them again with `image_size`={image_size}."
+        )
+    if split != "train":
+        raise ValueError(
+            f"`dataset_split`={split!r}: the encoded images in {name!r} have no splits. Encode that split into a "
+            "folder of its own, name that folder, and leave the split at 'train'."
+        )
+    return load_encoded(name)
 
 
 def prepare_rows(
@@ -98,13 +124,18 @@ def prepare_rows(
         rows (`Dataset`): From `open_rows`.
         arguments (`DatasetArguments`): Tells the source.
         caption_arguments (`CaptionArguments`): What to do.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Counts tokens for `max_caption_tokens`; rows whose text spells
-            one of its special tokens are dropped.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Counts tokens for `max_caption_tokens`; rows whose text
+            spells one of its special tokens are dropped.
 
     Returns:
         `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
     """
+    reserved = () if tokenizer is None else tokenizer.all_special_tokens
+    if "content" in rows.column_names:
+        if caption_arguments.people != "keep" or caption_arguments.min_aesthetic_score is not None:
+            raise ValueError("`people` and `min_aesthetic_score` filter pairs; leave them off for documents.")
+        share = caption_arguments.max_unreadable_share
+        return prepare_documents(rows, reserved=reserved, max_unreadable_share=share)
     if arguments.dataset_name.startswith(EMBEDDED) or "image" not in rows.column_names:
         return rows, None
-    reserved = () if tokenizer is None else tokenizer.all_special_tokens
     return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer, reserved=reserved)

@@ -43,6 +43,7 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # the first action of a field; `--no_x` of a boolean comes second
+        action.help = (action.help or "").replace("%", "%%")  # argparse formats help with %
     parser.add_argument("--config", metavar="FILE.yaml", help="Flat YAML file with values for the fields below.")
     optional_fields = _allow_none(dataclass_types, actions)
     actions.pop("help")

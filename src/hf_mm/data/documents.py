@@ -1,0 +1,121 @@
+"""Prepares the rows that are no pairs: documents of text and pictures, and texts alone.
+
+What could not be laid out later, in a worker, is dropped here and counted. Knows rows; neither models nor lengths.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from .caption_report import CaptionReport
+from .formats import ImageError, RowError, check_columns, check_row, open_image, open_source
+
+
+REASONS = {
+    "malformed": "no list of parts of the types text and image, each with its value",
+    "special_token": "text that spells a special token of the tokenizer",
+    "unreadable_image": "an image missing, damaged, zero-sized or too large to be safe",
+}
+
+
+def prepare_documents(
+    rows: Dataset, *, reserved: Sequence[str] = (), max_unreadable_share: float = 0.01
+) -> tuple[Dataset, CaptionReport]:
+    """Drops documents that cannot be trained on. Every image is decoded once, to know that it can be.
+
+    Args:
+        rows (`Dataset`): Document rows.
+        reserved (`Sequence[str]`): Strings that no text may contain, such as the tokenizer's special tokens.
+        max_unreadable_share (`float`): Stop if a larger share of the documents has an image that cannot be read.
+
+    Returns:
+        `tuple[Dataset, CaptionReport]`: the rows left, and what was dropped and why.
+
+    Raises:
+        ValueError: If too many images are unreadable, or no row is left.
+    """
+    rows = check_columns(rows, "document")
+    judged = rows.map(
+        _judge_document,
+        input_columns="content",
+        with_indices=True,
+        fn_kwargs={"reserved": tuple(reserved)},
+        remove_columns=rows.column_names,
+        features=Features({"verdict": Value("string"), "example": Value("string")}),
+        desc="Preparing documents",
+    )
+    report = CaptionReport(dict(REASONS), num_rows_in=len(rows))
+    for verdict, example in zip(judged["verdict"], judged["example"], strict=True):
+        if verdict is not None:
+            report.drop(verdict, example)
+    report.check_unreadable(max_unreadable_share)
+    kept = np.flatnonzero([verdict is None for verdict in judged["verdict"]])
+    if len(kept) == 0:
+        raise ValueError(f"No row is left:\n{report.to_markdown()}")
+    return rows.select(kept), report
+
+
+def _judge_document(content: Any, number: int, reserved: Sequence[str]) -> dict[str, str | None]:
+    """Returns the step that drops a document, if any."""
+    try:
+        check_row({"content": content}, number, "document")
+        for part in content:
+            if part["type"] == "image":
+                open_image(part["image"])
+            elif any(token in part["text"] for token in reserved):
+                return {"verdict": "special_token", "example": str(number)}
+    except RowError as error:
+        return {"verdict": "malformed", "example": str(error)[:120]}
+    except ImageError as error:
+        return {"verdict": "unreadable_image", "example": f"{number} ({str(error)[:120]})"}
+    return {"verdict": None, "example": str(number)}
+
+
+def load_texts(
+    source: str | os.PathLike,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    column: str = "text",
+    reserved: Sequence[str] = (),
+) -> tuple[Dataset, int]:
+    """Loads text-only rows without those that are empty or spell a special token.
+
+    Args:
+        source (`str` or `os.PathLike`): As in [`load_rows`].
+        split (`str`): Split to load.
+        config_name (`str`, *optional*): Configuration (subset) of a Hub dataset.
+        column (`str`): Column with the texts; it is given the name `text`, and the others are left out.
+        reserved (`Sequence[str]`): Strings that no text may contain, such as the tokenizer's special tokens.
+
+    Returns:
+        `tuple[Dataset, int]`: the rows left, and how many were dropped.
+
+    Raises:
+        ValueError: If the source or the column is missing, the column holds no strings, or no row is left.
+    """
+    rows = open_source(source, split=split, config_name=config_name)
+    if column not in rows.column_names:
+        raise ValueError(f"`text_dataset_column`={column!r} is not there. Columns here: {rows.column_names}.")
+    if rows.features[column] not in (Value("string"), Value("large_string")):
+        raise ValueError(f"`text_dataset_column`={column!r} holds {rows.features[column]}; it must hold strings.")
+    rows = rows.select_columns(column)
+    rows = rows if column == "text" else rows.rename_column(column, "text")
+    kept = rows.filter(_IsUsable(tuple(reserved)), input_columns="text", desc="Preparing texts")
+    if len(kept) == 0:
+        raise ValueError(f"`text_dataset_name`={str(source)!r}: no text is left of {len(rows)}.")
+    return kept, len(rows) - len(kept)
+
+
+@dataclass
+class _IsUsable:
+    """Tells texts that can be trained on."""
+
+    reserved: tuple[str, ...]
+
+    def __call__(self, text: str | None) -> bool:
+        return bool(text and text.strip()) and not any(token in text for token in self.reserved)  # type: ignore[operator]
