@@ -1,11 +1,8 @@
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
@@ -18,9 +15,6 @@ from hf_mm.training.image_tokenizer import (
     load_feature_distance,
     measure_latent_scale,
 )
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_vae() -> AutoencoderKL:
@@ -132,25 +126,3 @@ def test_measured_scale_gives_latents_unit_deviation() -> None:
     assert sampled.std().item() == pytest.approx(1, abs=0.02)
     with pytest.raises(ValueError, match="`images` gave 0 latent values"):
         measure_latent_scale(vae, [])
-
-
-def test_recipe_trains_resumes_and_saves_a_tokenizer_with_its_scale(tmp_path: Path) -> None:
-    recipe = SimpleNamespace(**runpy.run_path(str(ROOT / "recipes" / "train_image_tokenizer.py")))
-    words = "--block_out_channels 8 16 --norm_num_groups 4 --image_size 32 --num_scenes 24 --num_scale_images 8 --max_steps 4"
-    words += (
-        " --warmup_steps 1 --discriminator_start_step 3 --discriminator_channels 8 --sample_steps 2 --report_to none"
-    )
-    words += " --per_device_train_batch_size 3 --logging_steps 1 --ema_decay 0.9 --mixed_precision no"
-    config = str(ROOT / "recipes" / "configs" / "vae_tiny.yaml")
-    argv = [f"--config={config}", f"--output_dir={tmp_path}", *words.split()]
-    recipe.main([*argv, "--max_train_seconds", "1e-9"])
-    assert (tmp_path / "checkpoint-1").is_dir()
-    recipe.main(argv)
-    vae = AutoencoderKL.from_pretrained(tmp_path, use_safetensors=True)
-    assert 0 < vae.config.scaling_factor and vae.config.scaling_factor != 0.18215
-    entries = recipe.train.__globals__["read_history"](tmp_path / "history.jsonl")
-    assert ["generator_loss" in entry for entry in entries] == [False, False, True, True]
-    with Image.open(tmp_path / "reconstructions.png") as picture:
-        assert picture.width > picture.height > 32
-    with pytest.raises(ValueError, match="`image_size`=33 must be a multiple of 2, .* Try 32"):
-        recipe.main([*argv, "--image_size", "33"])

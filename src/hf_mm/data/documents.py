@@ -1,10 +1,10 @@
-"""Prepares the rows that are no pairs: documents of text and pictures, and texts alone.
+"""Prepares the rows that are no pairs: documents of text and pictures, pictures alone, and texts alone.
 
 What could not be laid out later, in a worker, is dropped here and counted. Knows rows; neither models nor lengths.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,36 @@ def prepare_documents(
     Raises:
         ValueError: If too many images are unreadable, or no row is left.
     """
-    rows = check_columns(rows, "document")
+    return _sieve(check_columns(rows, "document"), "content", _Judge(tuple(reserved)), max_unreadable_share)
+
+
+def prepare_pictures(rows: Dataset, *, max_unreadable_share: float = 0.01) -> tuple[Dataset, CaptionReport]:
+    """Drops pictures that cannot be read, as `prepare_documents` does.
+
+    Args:
+        rows (`Dataset`): With a column `image`.
+        max_unreadable_share (`float`): Stop if a larger share cannot be read.
+
+    Returns:
+        `tuple[Dataset, CaptionReport]`: the rows left, and what was dropped and why.
+
+    Raises:
+        ValueError: If too many images are unreadable, or no row is left.
+    """
+    return _sieve(rows, "image", _judge_picture, max_unreadable_share)
+
+
+def _sieve(
+    rows: Dataset, column: str, judge: Callable[[Any, int], dict[str, str | None]], max_unreadable_share: float
+) -> tuple[Dataset, CaptionReport]:
+    """Keeps the rows that a judge has no verdict on."""
     judged = rows.map(
-        _judge_document,
-        input_columns="content",
+        judge,
+        input_columns=column,
         with_indices=True,
-        fn_kwargs={"reserved": tuple(reserved)},
         remove_columns=rows.column_names,
         features=Features({"verdict": Value("string"), "example": Value("string")}),
-        desc="Preparing documents",
+        desc="Preparing rows",
     )
     report = CaptionReport(dict(REASONS), num_rows_in=len(rows))
     for verdict, example in zip(judged["verdict"], judged["example"], strict=True):
@@ -59,20 +80,30 @@ def prepare_documents(
     return rows.select(kept), report
 
 
-def _judge_document(content: Any, number: int, reserved: Sequence[str]) -> dict[str, str | None]:
+def _judge_picture(image: Any, number: int) -> dict[str, str | None]:
+    """Returns the step that drops a picture, if any."""
+    return _Judge()([{"type": "image", "image": image}], number)
+
+
+@dataclass
+class _Judge:
     """Returns the step that drops a document, if any."""
-    try:
-        check_row({"content": content}, number, "document")
-        for part in content:
-            if part["type"] == "image":
-                open_image(part["image"])
-            elif any(token in part["text"] for token in reserved):
-                return {"verdict": "special_token", "example": str(number)}
-    except RowError as error:
-        return {"verdict": "malformed", "example": str(error)[:120]}
-    except ImageError as error:
-        return {"verdict": "unreadable_image", "example": f"{number} ({str(error)[:120]})"}
-    return {"verdict": None, "example": str(number)}
+
+    reserved: tuple[str, ...] = ()
+
+    def __call__(self, content: Any, number: int) -> dict[str, str | None]:
+        try:
+            check_row({"content": content}, number, "document")
+            for part in content:
+                if part["type"] == "image":
+                    open_image(part["image"])
+                elif any(token in part["text"] for token in self.reserved):
+                    return {"verdict": "special_token", "example": str(number)}
+        except RowError as error:
+            return {"verdict": "malformed", "example": str(error)[:120]}
+        except ImageError as error:
+            return {"verdict": "unreadable_image", "example": f"{number} ({str(error)[:120]})"}
+        return {"verdict": None, "example": str(number)}
 
 
 def load_texts(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import PreTrainedTokenizerBase
 
 from .caption_arguments import CaptionArguments
 from .caption_report import CaptionReport
 from .captions import prepare_pairs
-from .documents import prepare_documents
-from .formats import Rows, load_rows
+from .documents import prepare_documents, prepare_pictures
+from .formats import TEXT_COLUMNS, Rows, load_rows, open_source
 from .icon_scenes import icon_scenes_dataset, icon_scenes_stream
 from .image_encoding import MANIFEST, load_encoded
 
@@ -95,6 +95,36 @@ def open_rows(
     )
 
 
+def open_pictures(arguments: DatasetArguments, *, image_size: int, seed: int = 0) -> Dataset:
+    """Opens rows of which the pictures alone matter: as `open_rows` does, but captions may be missing.
+
+    Args:
+        arguments (`DatasetArguments`): Source and columns.
+        image_size (`int`): Pixels at which embedded scenes are drawn; other sources keep their pictures.
+        seed (`int`, defaults to 0): Of the embedded scenes.
+
+    Returns:
+        `datasets.Dataset`: pair rows, or where there are no captions, rows with nothing but `image`.
+
+    Raises:
+        ValueError: If the source or a named column is not there, or its images are encoded already.
+    """
+    name = arguments.dataset_name
+    if (Path(name) / MANIFEST).exists():
+        raise ValueError(f"`dataset_name`={name!r} holds encoded images. Name the source of the pictures themselves.")
+    if name.startswith(EMBEDDED):
+        return open_rows(arguments, image_size=image_size, seed=seed)
+    named = (arguments.text_column, arguments.description_column, arguments.keywords_column)
+    rows = open_source(name, split=arguments.dataset_split, config_name=arguments.dataset_config_name)
+    if any(named) or set(TEXT_COLUMNS) & set(rows.column_names):
+        return open_rows(arguments, image_size=image_size, seed=seed)
+    if arguments.image_column not in rows.column_names:
+        raise ValueError(f"`image_column`={arguments.image_column!r} is not there. Columns here: {rows.column_names}.")
+    rows = rows.select_columns(arguments.image_column)
+    rows = rows if arguments.image_column == "image" else rows.rename_column(arguments.image_column, "image")
+    return rows.cast_column("image", Image(decode=False))
+
+
 def _open_encoded(arguments: DatasetArguments, image_size: int) -> Dataset:
     """Opens encoded images, refusing those of another size and splits, which a folder of them has not."""
     name, split = arguments.dataset_name, arguments.dataset_split
@@ -131,11 +161,13 @@ def prepare_rows(
         `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
     """
     reserved = () if tokenizer is None else tokenizer.all_special_tokens
+    share = caption_arguments.max_unreadable_share
     if "content" in rows.column_names:
         if caption_arguments.people != "keep" or caption_arguments.min_aesthetic_score is not None:
             raise ValueError("`people` and `min_aesthetic_score` filter pairs; leave them off for documents.")
-        share = caption_arguments.max_unreadable_share
         return prepare_documents(rows, reserved=reserved, max_unreadable_share=share)
+    if rows.column_names == ["image"]:
+        return prepare_pictures(rows, max_unreadable_share=share)
     if arguments.dataset_name.startswith(EMBEDDED) or "image" not in rows.column_names:
         return rows, None
     return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer, reserved=reserved)

@@ -9,9 +9,11 @@ own parameters, one optimizer serves both, and the training loop needs to know n
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -19,6 +21,8 @@ from transformers import AutoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import ModelOutput
+
+from .samples import save_captioned_grid
 
 
 # Axes: N images, C channels, H W pixels, h w latent pixels.
@@ -301,3 +305,20 @@ def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> 
     if not variance > 0:
         raise ValueError(f"`images` gave {count} latent values of variance {variance}. Give at least one real image.")
     return variance**-0.5
+
+
+@torch.no_grad()
+def save_reconstructions(vae: AutoencoderKL, images: torch.Tensor, path: str | Path) -> None:
+    """Saves pictures, each beside what the tokenizer makes of it.
+
+    Args:
+        vae (`AutoencoderKL`): The tokenizer; in evaluation mode afterwards.
+        images (`torch.FloatTensor` of shape `(N, 3, H, W)`): In [-1, 1].
+        path (`str` or `Path`): Where to.
+
+    """
+    images = images.to(vae.device)
+    ours = vae.eval().decode(vae.encode(images).latent_dist.mode()).sample
+    pairs = torch.stack([images, ours], dim=1).flatten(0, 1).cpu()  # (2 N, 3, H, W), by turns
+    shown = VaeImageProcessor(do_resize=False).postprocess(pairs)
+    save_captioned_grid(shown, ["picture", "decoded"] * len(images), path)

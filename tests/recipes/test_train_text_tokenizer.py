@@ -1,26 +1,14 @@
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoTokenizer
 
-
-RECIPE = Path(__file__).parents[1] / "recipes" / "train_text_tokenizer.py"
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_text_tokenizer", RECIPE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import train_text_tokenizer as recipe
 
 
-def test_icon_scenes_give_a_tokenizer_that_shortens_their_captions(recipe: ModuleType, tmp_path: Path) -> None:
+def test_icon_scenes_give_a_tokenizer_that_shortens_their_captions(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer.yaml"
     config.write_text(
         f"dataset_name: icon_scenes:shapes\nnum_scenes: 50\nvocab_size: 307\noutput_dir: {tmp_path / 'out'}\n"
@@ -32,7 +20,7 @@ def test_icon_scenes_give_a_tokenizer_that_shortens_their_captions(recipe: Modul
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
-def test_own_captions_give_a_tokenizer(recipe: ModuleType, tmp_path: Path, streaming: str) -> None:
+def test_own_captions_give_a_tokenizer(tmp_path: Path, streaming: str) -> None:
     rows = Dataset.from_dict({"image": [Image.new("RGB", (7, 5))] * 3, "caption": ["zebra zebra"] * 3})
     rows.to_parquet(tmp_path / "rows.parquet")
     source = ["--dataset_name", str(tmp_path / "rows.parquet"), "--text_column", "caption", "--streaming", streaming]
@@ -40,7 +28,7 @@ def test_own_captions_give_a_tokenizer(recipe: ModuleType, tmp_path: Path, strea
     assert len(AutoTokenizer.from_pretrained(folder)("zebra")["input_ids"]) == 1
 
 
-def test_wrong_column_is_refused(recipe: ModuleType, tmp_path: Path) -> None:
+def test_wrong_column_is_refused(tmp_path: Path) -> None:
     rows = Dataset.from_dict({"image": [Image.new("RGB", (7, 5))], "caption": ["zebra"]})
     rows.to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(ValueError, match=r"`text_column`='title' is not there. Columns here: \['image', 'caption'\]"):

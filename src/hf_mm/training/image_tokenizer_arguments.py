@@ -1,0 +1,99 @@
+"""The fields of an image tokenizer's training, and what is built from them. Knows no data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from .image_tokenizer import (
+    ImageTokenizerTrainer,
+    ImageTokenizerWeights,
+    KLCodec,
+    PatchDiscriminator,
+    load_feature_distance,
+)
+
+
+@dataclass
+class ImageTokenizerArguments:
+    """The tokenizer, and what its loss is made of."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "AutoencoderKL to train further."})
+    image_size: int = field(default=64, metadata={"help": "Pixels of a side; pictures are cropped and resized."})
+    latent_channels: int = field(default=4, metadata={"help": "Channels of the latent."})
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [32, 64, 64],
+        metadata={"help": "Channels per level; each level but one halves the size."},
+    )
+    layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per level."})
+    norm_num_groups: int = field(default=8, metadata={"help": "Groups of the norms; divides every level's channels."})
+    latent_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL, summed over the latent."})
+    adversarial_weight: float = field(default=0.5, metadata={"help": "Weight of the generator's loss."})
+    discriminator_start_step: int | None = field(default=None, metadata={"help": "First step with it; none: never."})
+    discriminator_channels: int = field(default=64, metadata={"help": "Width of the discriminator's first layer."})
+    discriminator_layers: int = field(default=3, metadata={"help": "Its layers with stride 2."})
+    perceptual_model: str | None = field(default=None, metadata={"help": "Backbone of transformers for LPIPS."})
+    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of that distance."})
+    identity_model: str | None = field(default=None, metadata={"help": "Backbone of transformers for the ID loss."})
+    identity_weight: float = field(default=0.2, metadata={"help": "Weight of that distance."})
+    num_scale_images: int = field(default=512, metadata={"help": "Pictures the latent scale is measured on."})
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that do not fit together."""
+        if bad := [width for width in self.block_out_channels if width % self.norm_num_groups]:
+            raise ValueError(f"`norm_num_groups`={self.norm_num_groups} does not divide `block_out_channels` {bad}.")
+
+
+def build_vae(arguments: ImageTokenizerArguments) -> AutoencoderKL:
+    """Loads or makes the tokenizer; another kind of tokenizer is one more branch here, with a codec of its own."""
+    if arguments.model_name_or_path is not None:
+        return AutoencoderKL.from_pretrained(arguments.model_name_or_path, use_safetensors=True)
+    num_levels = len(arguments.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        block_out_channels=tuple(arguments.block_out_channels),
+        layers_per_block=arguments.layers_per_block,
+        latent_channels=arguments.latent_channels,
+        norm_num_groups=arguments.norm_num_groups,
+        sample_size=arguments.image_size,
+    )
+
+
+def find_latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+    """Returns channels, height and width of the latent of a picture.
+
+    Raises:
+        ValueError: If the picture's size is no multiple of the tokenizer's stride.
+    """
+    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    if image_size % stride:
+        raise ValueError(
+            f"`image_size`={image_size} must be a multiple of {stride}, the stride of "
+            f"{len(vae.config.block_out_channels)} `block_out_channels`. Try {image_size // stride * stride}."
+        )
+    return vae.config.latent_channels, image_size // stride, image_size // stride
+
+
+def build_trainer(arguments: ImageTokenizerArguments, vae: AutoencoderKL) -> ImageTokenizerTrainer:
+    """Joins the tokenizer with its discriminator and the feature networks that the recipe names."""
+    names = {"perceptual_distance": arguments.perceptual_model, "identity_distance": arguments.identity_model}
+    return ImageTokenizerTrainer(
+        KLCodec(vae),
+        PatchDiscriminator(arguments.discriminator_channels, arguments.discriminator_layers),
+        ImageTokenizerWeights(arguments.latent_weight, arguments.perceptual_weight, arguments.identity_weight),
+        **{key: None if name is None else load_feature_distance(name) for key, name in names.items()},
+    )
+
+
+def add_adversary(
+    batches: Iterator[Any], arguments: ImageTokenizerArguments, first_step: int, batches_per_step: int
+) -> Iterator[Any]:
+    """Puts the generator's weight into the batches from its first step on; `first_step` steps are done already."""
+    start = arguments.discriminator_start_step
+    for number, batch in enumerate(batches, start=first_step * batches_per_step):
+        if start is not None and number // batches_per_step + 1 >= start:
+            batch["adversarial_weight"] = torch.tensor(arguments.adversarial_weight)
+        yield batch
