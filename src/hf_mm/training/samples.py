@@ -50,7 +50,9 @@ def captioned_grid(
     return grid
 
 
-def save_captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], path: str | Path) -> Path:
+def save_captioned_grid(
+    images: Sequence[Image.Image], captions: Sequence[str], path: str | Path, *, num_columns: int = 8
+) -> Path:
     """Saves a grid of pictures, whole or not at all; see `captioned_grid`.
 
     Returns:
@@ -59,6 +61,6 @@ def save_captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
-    captioned_grid(images, captions).save(partial, format="png")
+    captioned_grid(images, captions, num_columns=num_columns).save(partial, format="png")
     partial.replace(path)
     return path
