@@ -47,8 +47,8 @@ __version__ = "0.1.0"
 def _register_pipeline(name: str, pipeline_class: type[diffusers.DiffusionPipeline]) -> None:
     """Adds a drawing pipeline to `AutoPipelineForText2Image`.
 
-    Loading that class loads every pipeline of diffusers, some of which announce that torchvision is absent; hf_mm needs
-    none of them, so they are kept quiet meanwhile.
+    Loading that class loads every pipeline of diffusers, some of which announce that torchvision is absent; hf_mm
+    needs none of them, so they are kept quiet meanwhile.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

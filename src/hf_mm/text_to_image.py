@@ -85,7 +85,7 @@ def build_drawing_pipeline(model: torch.nn.Module, processor: Any) -> DiffusionP
     name = type(model).__name__.removesuffix("ForConditionalGeneration") + "Pipeline"
     if name not in vars(diffusers):
         raise ValueError(
-            f"`model` is a {type(model).__name__}, which does not draw. Give a checkpoint of a family of hf_mm, such as "
-            "one trained with recipes/pretrain.py."
+            f"`model` is a {type(model).__name__}, which does not draw. Give a checkpoint of a family of hf_mm, such "
+            "as one trained with recipes/pretrain.py."
         )
     return vars(diffusers)[name](model, processor, model.default_scheduler())
