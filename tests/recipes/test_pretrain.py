@@ -18,9 +18,12 @@ from hf_mm.training.checkpoint import list_checkpoints
 PACKED = {"window_length": 200, "ema_decay": 0.9, "caption_dropout": 0.3, "image_first_share": 0.5}
 
 
-def differences(first: dict, second: dict, name: str = "loss") -> list[float]:
+def assert_alike(first: dict, second: dict) -> None:
+    """Compares losses, and gradients before they are clipped: AdamW forgives a wrong scale."""
     assert first.keys() == second.keys()
-    return [abs(first[step][name] / second[step][name] - 1) for step in first]
+    for name in ("loss", "text_loss", "image_loss", "grad_norm"):
+        apart = [abs(first[step][name] / second[step][name] - 1) for step in sorted(first)]
+        assert max(apart[:2]) < 1e-6 and max(apart) < 1e-4, name
 
 
 def test_a_run_leaves_a_folder_that_every_door_opens(run, tmp_path):
@@ -91,7 +94,7 @@ def test_the_number_of_workers_changes_no_loss(run, entries):
 def test_accumulated_half_batches_equal_one_batch(run, entries):
     whole = entries(run("whole", per_device_train_batch_size=8, max_steps=4))
     halves = entries(run("halves", per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4))
-    assert max(differences(whole, halves)[:2]) < 1e-6 and max(differences(whole, halves)) < 1e-4
+    assert_alike(whole, halves)
     for name in ("num_items_seen", "num_images_seen"):
         assert [entry[name] for entry in whole.values()] == [entry[name] for entry in halves.values()]
 
@@ -106,7 +109,7 @@ def test_two_processes_with_half_the_batch_each_equal_one(run, make_command, ent
     [newest] = list_checkpoints(tmp_path / "two")
     assert len(list(newest.glob("random_states_*.pkl"))) == 2  # each process saved its own
     two = entries(tmp_path / "two")
-    assert max(differences(whole, two)[:2]) < 1e-6 and max(differences(whole, two)) < 1e-4
+    assert_alike(whole, two)
     assert two[6]["num_images_seen"] == whole[6]["num_images_seen"]
 
 
