@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
 from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler
@@ -43,6 +43,31 @@ def join_caches(first: DynamicCache, second: DynamicCache) -> DynamicCache:
             tuple(torch.cat([F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in pair]) for pair in pairs)
         )
     return DynamicCache(joined)
+
+
+class ImageBlockLayer(DynamicLayer):
+    """One layer of a prefix with room behind it for an image block, which every reading overwrites in place.
+
+    Appending the block to the prefix anew at each denoising step would copy the prefix as often.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_patches: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.prefix_length = keys.shape[-2]
+        self.keys, self.values = F.pad(keys, (0, 0, 0, num_patches)), F.pad(values, (0, 0, 0, num_patches))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts the block in its place."""
+        self.keys[..., self.prefix_length :, :] = key_states
+        self.values[..., self.prefix_length :, :] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Returns the length of the prefix."""
+        return self.prefix_length
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -146,21 +171,18 @@ class TransfusionGenerationMixin(GenerationMixin):
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        past_key_values: DynamicCache,
+        past_key_values: Cache,
         attention_mask: Any,
         position_ids: torch.Tensor,
-        *,
-        keep: bool = False,
     ) -> torch.Tensor:
-        """Runs one denoising step's forward over the image block, leaving the cached prefix as it was.
+        """Runs one denoising step's forward over the image block, which the cache keeps or overwrites by its kind.
 
         Args:
             latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`): Noised images, one a row.
             timesteps (`torch.Tensor` of shape `(batch_size,)`): How noisy they are.
-            past_key_values (`DynamicCache`): The prefix, up to and including the image-opening token.
+            past_key_values (`Cache`): The prefix, up to and including the image-opening token.
             attention_mask: From `image_mask`.
             position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`): Positions of the patches.
-            keep (`bool`, defaults to `False`): Whether the image stays in the cache, as the finished one does.
 
         Returns:
             `torch.FloatTensor` of the shape of `latents`: the prediction, in the sense of `config.prediction_type`.
@@ -173,18 +195,16 @@ class TransfusionGenerationMixin(GenerationMixin):
             past_key_values=past_key_values,
             use_cache=True,
         ).last_hidden_state
-        if not keep:
-            past_key_values.crop(-patches.shape[1])
         return self.model.patch_out(hidden, timesteps, skips, tuple(latents.shape[-2:]))
 
     def image_mask(
-        self, prefix_mask: torch.Tensor, past_key_values: DynamicCache, num_patches: int
+        self, prefix_mask: torch.Tensor, past_key_values: Cache, num_patches: int
     ) -> tuple[Any, torch.Tensor]:
         """Mask and positions of an image block behind a prefix, the same for all its denoising steps.
 
         Args:
             prefix_mask (`torch.Tensor` of shape `(batch_size, past_length)`): 0 on padding.
-            past_key_values (`DynamicCache`): The prefix.
+            past_key_values (`Cache`): The prefix.
             num_patches (`int`): Length of the block.
 
         Returns:
@@ -318,11 +338,13 @@ class TransfusionGenerationMixin(GenerationMixin):
         if scale > 1:
             cache, prefix_mask = self._join_unconditional(cache, prefix_mask)
         num_patches = shape[2] * shape[3] // self.config.patch_size**2
-        mask, position_ids = self.image_mask(prefix_mask, cache, num_patches)
+        block_cache = Cache([ImageBlockLayer(layer.keys, layer.values, num_patches) for layer in cache.layers])
+        mask, position_ids = self.image_mask(prefix_mask, block_cache, num_patches)
         for step, timestep in enumerate(scheduler.timesteps):
             inputs = latents if is_flow else scheduler.scale_model_input(latents, timestep)
             inputs = torch.cat([inputs, inputs]) if scale > 1 else inputs
-            prediction = self.predict_noise(inputs, timestep.expand(len(inputs)), cache, mask, position_ids).float()
+            times = timestep.expand(len(inputs))
+            prediction = self.predict_noise(inputs, times, block_cache, mask, position_ids).float()
             if scale > 1:
                 cond, uncond = prediction.chunk(2)
                 prediction = torch.lerp(uncond, cond, scale)
@@ -487,4 +509,4 @@ class TransfusionGenerationMixin(GenerationMixin):
         """Writes finished images to the cache, clean, so that the text behind reads what was drawn."""
         mask, position_ids = self.image_mask(attention_mask, cache, num_patches)
         timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
-        self.predict_noise(latents, timesteps, cache, mask, position_ids, keep=True)
+        self.predict_noise(latents, timesteps, cache, mask, position_ids)

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .configuration_transfusion import TransfusionConfig
 from .generation_transfusion import TransfusionGenerationMixin
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
-from .patching_transfusion import build_patch_layers
+from .patching_transfusion import UNetPatchIn, UNetPatchOut, build_patch_layers
 
 
 @dataclass
@@ -154,8 +154,15 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     output_modalities = ("text", "image")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights and zero biases; the backbone and the VAE initialise themselves the same way."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        """Normal weights and zero biases, as in the backbone; in the U-Net a spread that follows the fan-in.
+
+        A U-Net's widths differ from level to level, and with one small spread for all it hardly hears the timestep.
+        """
+        if isinstance(module, UNetPatchIn | UNetPatchOut):
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    init.kaiming_uniform_(layer.weight, a=5**0.5)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)

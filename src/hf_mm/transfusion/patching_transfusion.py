@@ -6,9 +6,11 @@ Every image of one call has the same size; the model groups images by size.
 
 # Axes: N images, C latent channels, H and W latent pixels, P patches per image, D hidden size, p patch side.
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed
 from diffusers.models.unets.unet_2d_blocks import AttnDownBlock2D, AttnUpBlock2D, DownBlock2D, UpBlock2D
 from torch import nn
 
@@ -32,6 +34,38 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.sinusoids(timesteps).to(self.mlp.linear_1.weight.dtype))
 
 
+@lru_cache(maxsize=32)
+def grid_sinusoids(dim: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Sinusoids of row and column, relative to the size of the grid, in raster order: `(height * width, dim)`."""
+    return get_2d_sincos_pos_embed(dim, (height, width), device=device).float()
+
+
+class GridEmbedder(nn.Module):
+    """Tells each patch its row and column: sinusoids, then one linear layer that learns how loudly."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Adds its embedding to patches `(N, P, D)` of a grid `(height, width)`."""
+        sinusoids = grid_sinusoids(patches.shape[-1], *grid, patches.device)
+        return patches + self.projection(sinusoids.to(patches.dtype))
+
+
+class NoGridEmbedder(nn.Module):
+    """Leaves the place of a patch to the backbone's running positions, as the paper does."""
+
+    def forward(self, patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Returns `patches` as they are."""
+        return patches
+
+
+def build_grid_embedder(config: TransfusionConfig) -> nn.Module:
+    """Builds the embedder that `config.patch_positions` names."""
+    return GridEmbedder(config.text_config.hidden_size) if config.patch_positions == "grid" else NoGridEmbedder()
+
+
 class LinearPatchIn(nn.Module):
     """Projects each patch to the hidden size and adds the embedding of its image's timestep.
 
@@ -45,12 +79,13 @@ class LinearPatchIn(nn.Module):
         self.patch_size = config.patch_size
         self.projection = nn.Linear(config.latent_channels * config.patch_size**2, hidden_size)
         self.timestep_embedder = TimestepEmbedder(hidden_size)
+        self.grid_embedder = build_grid_embedder(config)
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Turns noised latents `(N, C, H, W)` into patches `(N, P, D)`; the linear layers keep no skips."""
-        vectors = F.pixel_unshuffle(latents, self.patch_size).flatten(2).transpose(1, 2)  # (N, P, C p p)
-        patches = self.projection(vectors) + self.timestep_embedder(timesteps)[:, None]
-        return patches, ()
+        squares = F.pixel_unshuffle(latents, self.patch_size)  # (N, C p p, H / p, W / p)
+        patches = self.projection(squares.flatten(2).transpose(1, 2)) + self.timestep_embedder(timesteps)[:, None]
+        return self.grid_embedder(patches, tuple(squares.shape[-2:])), ()
 
 
 class LinearPatchOut(nn.Module):
@@ -103,6 +138,7 @@ class UNetPatchIn(nn.Module):
         )
         self.levels = nn.ModuleList(levels)
         self.projection = nn.Conv2d(channels[-1], config.text_config.hidden_size, kernel_size=1)
+        self.grid_embedder = build_grid_embedder(config)
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Turns noised latents `(N, C, H, W)` into patches `(N, P, D)` and the skips that the way up joins."""
@@ -112,7 +148,8 @@ class UNetPatchIn(nn.Module):
         for level in self.levels:
             image, outputs = level(image, temb)
             skips += outputs
-        return self.projection(image).flatten(2).transpose(1, 2), skips
+        patches = self.projection(image).flatten(2).transpose(1, 2)
+        return self.grid_embedder(patches, tuple(image.shape[-2:])), skips
 
 
 class UNetPatchOut(nn.Module):
