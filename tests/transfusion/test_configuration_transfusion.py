@@ -54,6 +54,7 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"patch_layer": "conv"}, "patch_layer.*conv"),
         ({"patch_size": 3}, "patch_size.*3"),
         ({"image_attention": "full"}, "image_attention.*full"),
+        ({"patch_positions": "rotary"}, "patch_positions.*rotary"),
         ({"timestep_sampling": "normal"}, "timestep_sampling.*normal"),
         ({"patch_layer": "unet", "unet_block_out_channels": [8]}, "unet_block_out_channels"),
         ({"image_size": 13}, "image_size.*13.*2 pixels"),

@@ -93,10 +93,10 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("patch_layer", ["linear", "unet"])
+@pytest.mark.parametrize("fields", [{}, {"patch_layer": "unet"}, {"patch_positions": "grid"}])
 @pytest.mark.parametrize("scale", [1, 2.5])
-def test_drawing_equals_ddpm_from_the_formulas_without_a_cache(make_model, patch_layer, scale):
-    model = make_model(patch_layer=patch_layer)
+def test_drawing_equals_ddpm_from_the_formulas_without_a_cache(make_model, fields, scale):
+    model = make_model(**fields)
     prompt = [BOS, 11, 12, 13]
     drawn = model.draw_images(
         torch.tensor([prompt]), num_inference_steps=7, guidance_scale=scale, generator=seeded(4), **DRAWING

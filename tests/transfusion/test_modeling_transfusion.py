@@ -277,9 +277,12 @@ def test_training_computes_the_same_loss_as_evaluation_and_leaves_the_logits_out
     torch.testing.assert_close(trained.loss, evaluated.loss)
 
 
+@pytest.mark.parametrize("patch_positions", ["running", "grid"])
 @pytest.mark.parametrize("patch_layer", ["linear", "unet"])
-def test_images_of_different_sizes_in_one_sequence_equal_each_size_by_itself(make_model, lay_out, patch_layer):
-    model = make_model(patch_layer=patch_layer)
+def test_images_of_different_sizes_in_one_sequence_equal_each_size_by_itself(
+    make_model, lay_out, patch_layer, patch_positions
+):
+    model = make_model(patch_layer=patch_layer, patch_positions=patch_positions)
     batch = batch_of(model, lay_out, [[BOS, 11, A, 12, EOS], [BOS, B, EOS], [BOS, A, EOS]])
     out = model(**batch)
     for number, (row, size) in enumerate([(0, A), (1, B), (2, A)]):
@@ -645,9 +648,10 @@ def test_four_rows_are_learnt_by_heart(make_model, lay_out):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("patch_positions", ["running", "grid"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_training_forward_compiles_without_graph_breaks(make_model, lay_out, packed):
-    model = make_model().train()
+def test_the_training_forward_compiles_without_graph_breaks(make_model, lay_out, packed, patch_positions):
+    model = make_model(patch_positions=patch_positions).train()
     batch = batch_of(model, lay_out, [[BOS, 11, A, 12, EOS], [BOS, A, 13, 14, EOS]])
     del batch["image_sizes"]
     if packed:

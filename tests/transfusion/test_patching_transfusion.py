@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_mm.transfusion.patching_transfusion import build_patch_layers
+from hf_mm.transfusion.patching_transfusion import build_patch_layers, grid_sinusoids
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
@@ -81,3 +81,21 @@ def test_the_first_level_of_the_unet_at_the_paper_width_builds_for_patches_of_on
     patch_in, patch_out = build_patch_layers(config)
     patches, skips = patch_in(torch.randn(1, 3, 3, 5), torch.tensor([5]))
     assert patch_out(patches, torch.tensor([5]), skips, (3, 5)).shape == (1, 3, 3, 5)
+
+
+def test_grid_sinusoids_tell_row_and_column_apart():
+    table = grid_sinusoids(12, 3, 5, torch.device("cpu")).unflatten(0, (3, 5))
+    assert len({tuple(vector.tolist()) for vector in table.flatten(0, 1)}) == 15
+    first, second = table[..., :6], table[..., 6:]
+    by_column, by_row = (first, second) if torch.equal(first[0], first[1]) else (second, first)
+    assert all(torch.equal(by_column[0], by_column[row]) for row in range(3))
+    assert all(torch.equal(by_row[:, 0], by_row[:, column]) for column in range(5))
+
+
+def test_grid_positions_differ_by_place_and_running_ones_do_not(make_config):
+    latents, times = torch.ones(1, 3, 12, 12), torch.tensor([0])
+    for positions, num_distinct in (("grid", 36), ("running", 1)):
+        patch_in, _ = build_patch_layers(make_config(patch_positions=positions))
+        with torch.no_grad():
+            patches = patch_in(latents, times)[0][0]
+        assert len(patches.mul(1e4).round().unique(dim=0)) == num_distinct
