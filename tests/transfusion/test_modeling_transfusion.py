@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_mm.transfusion import TransfusionForConditionalGeneration, TransfusionModel
-from hf_mm.transfusion.modeling_transfusion import image_block_ids
+from hf_mm.transfusion.layout_transfusion import image_block_ids
 
 
 BOS, EOS = 1, 2

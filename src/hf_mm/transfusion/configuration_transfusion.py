@@ -63,8 +63,8 @@ class TransfusionConfig(PreTrainedConfig):
         unet_layers_per_block (`int`, defaults to 2): Residual blocks per level on the way down (one more going up).
         unet_norm_num_groups (`int`, defaults to 32): Groups of the U-Net's group norms.
         patch_positions (`str`, defaults to `"running"`):
-            `"running"`: patches have the backbone's running positions alone, as in the paper. `"grid"`: an embedding of
-            row and column is added to each, with which small models learn shapes in far fewer steps.
+            `"running"`: patches have the backbone's running positions alone, as in the paper. `"grid"`: an embedding
+            of row and column is added to each, which tells a small model at once what it would have to find out.
         image_attention (`str`, defaults to `"bidirectional"`):
             Attention among the patches of one image: `"bidirectional"` or, for the ablation of table 5, `"causal"`.
         prediction_type (`str`, defaults to `"epsilon"`):
