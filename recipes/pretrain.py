@@ -10,7 +10,6 @@ The same command goes on where a stopped run was. The output folder is then a Hu
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.hub import push_folder
 from hf_mm.training.checkpoint import Checkpoints
+from hf_mm.training.history import read_history
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
@@ -143,7 +143,6 @@ def build_sampler(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, shows samples on the way, and exports the finished model."""
-    started = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse_recipe(*ARGUMENTS, argv=argv)
     model_args, data_args, caption_args, document_args, extra, recipe = parsed
@@ -187,15 +186,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
         every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate)],
     )
     if accelerator.is_main_process:
+        history = read_history(output_dir / "history.jsonl")
+        seconds = sum(entry["step_seconds"] for entry in history) * recipe.logging_steps
         facts = {
-            "command": f"accelerate launch recipes/pretrain.py {shlex.join(argv)}",
-            "minutes": round((time.monotonic() - started) / 60, 1),
+            "command": f"recipes/pretrain.py {shlex.join(argv)}",
+            "num_processes": accelerator.num_processes,
+            "minutes": round(seconds / 60, 1),
+            "num_rows": len(rows.pairs),
             "step": progress.step,
             "num_seen": progress.num_seen,
-            "num_rows": len(rows.pairs),
         }
         run_report.export(facts, asdict(recipe) | identity, rows.caption_report)
-        print(f"The finished model is in {output_dir}: {progress.step} steps, {facts['minutes']} minutes this time.")
+        print(f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes.")
         if recipe.push_to_hub is not None:
             print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")
     accelerator.end_training()
