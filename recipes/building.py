@@ -38,7 +38,7 @@ class ModelArguments:
 
 
 def load_config(arguments: ModelArguments) -> Any:
-    """Loads or makes the configuration that a recipe names."""
+    """Loads or makes the configuration that a recipe names, with the changes it asks for."""
     source = arguments.model_name_or_path or arguments.config_name
     if source is not None:
         config = AutoConfig.from_pretrained(source)
@@ -48,6 +48,13 @@ def load_config(arguments: ModelArguments) -> Any:
         raise ValueError("Name what to train: `model_name_or_path`, `config_name` or `preset`.")
     if arguments.config_overrides:
         config.update_from_string(arguments.config_overrides)
+        changed = {
+            pair.split("=")[0]: vars(config)[pair.split("=")[0]] for pair in arguments.config_overrides.split(",")
+        }
+        if source is None:  # built anew, so that what follows from the changed fields follows
+            config = CONFIG_MAPPING[arguments.model_type].from_preset(arguments.preset, **changed)
+        else:
+            config = type(config).from_dict({**config.get_config_dict(source)[0], **changed})
     if arguments.image_tokenizer_name is not None:
         config.set_image_tokenizer(arguments.image_tokenizer_name)
     return config

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, scores, captions, and saves a grid and the scores."""
     (recipe,) = parse_recipe(EvaluationRecipe, argv=argv)
     pipe = DiffusionPipeline.from_pretrained(recipe.model_name_or_path)
+    pipe.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
     diffusers_logging.disable_progress_bar()
     rows = icon_scenes_dataset(

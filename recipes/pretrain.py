@@ -23,7 +23,7 @@ from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.captions import row_weights
 from hf_mm.data.documents import load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
-from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
+from hf_mm.data.sources import EMBEDDED, DatasetArguments, open_rows, prepare_rows
 from hf_mm.hub import push_folder
 from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.history import read_history
@@ -42,7 +42,12 @@ class PretrainArguments:
     text_dataset_config_name: str | None = field(default=None, metadata={"help": "Their configuration."})
     text_dataset_column: str = field(default="text", metadata={"help": "Their column."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows; none: the same source."})
-    eval_dataset_split: str | None = field(default=None, metadata={"help": "Their split; none: no evaluation."})
+    eval_dataset_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Their split; none: no evaluation. Without a source of their own they come from training's."
+        },
+    )
     num_eval_documents: int = field(default=256, metadata={"help": "Held-out documents the loss is measured on."})
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Of the grids; none: held-out captions."}
@@ -94,8 +99,14 @@ def prepare_run_rows(
     )
     pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer)
     held_out = pairs
-    if extra.eval_dataset_name is not None or extra.eval_dataset_split is not None:
+    if extra.eval_dataset_name is not None or (
+        extra.eval_dataset_split and data_args.dataset_name.startswith(EMBEDDED)
+    ):
         held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer)
+    elif extra.eval_dataset_split is not None and len(pairs) > 1:
+        num_held_out = min(extra.num_eval_documents, max(len(pairs) // 10, 1))
+        parts = pairs.train_test_split(num_held_out, seed=open_size["seed"])
+        pairs, held_out = parts["train"], parts["test"]
     if report is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")

@@ -7,7 +7,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 import pretrain
-from building import load_config
+from building import ModelArguments, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.sources import DatasetArguments
 from hf_mm.training.image_tokenizer_arguments import ImageTokenizerArguments, build_vae, find_latent_shape
@@ -142,3 +142,12 @@ def test_small_recipes_run(name, tmp_path, monkeypatch):
     config = f"--config=recipes/configs/transfusion_{name}_pretrain.yaml"
     folder = pretrain.main([config, f"--output_dir={tmp_path}", "--num_eval_documents", "2", *words.split()])
     assert (folder / "samples.png").exists() and (folder / "model.safetensors").exists()
+
+
+def test_an_override_of_the_patch_size_changes_what_follows_from_it():
+    config = load_config(ModelArguments(preset="0.16B", config_overrides="patch_size=4,patch_layer=unet"))
+    assert config.patch_layer == "unet" and len(config.unet_block_out_channels) == 3
+    assert config.text_config.hidden_size == 768
+    tiny = ROOT / "recipes/configs/models/transfusion_tiny.json"
+    config = load_config(ModelArguments(config_name=str(tiny), config_overrides="diffusion_loss_weight=3.0"))
+    assert config.diffusion_loss_weight == 3.0 and config.patch_positions == "grid" and config.image_size == 32

@@ -9,11 +9,15 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from transformers import AutoProcessor
 
+import pretrain
 import train_text_tokenizer
 from building import DocumentBatches, ModelArguments, build_model, load_config
+from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.documents import load_texts
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
+from hf_mm.data.sources import DatasetArguments, open_rows
 from hf_mm.data.text_tokenizer import SPECIAL_TOKENS, load_text_tokenizer
+from hf_mm.data.text_tokenizer import train_text_tokenizer as fit_text_tokenizer
 
 
 CAPTIONS = [f"{number} {color} {shape}s" for number, (color, shape) in enumerate(
@@ -98,6 +102,19 @@ def test_a_damaged_picture_among_the_rows_is_named(run, tmp_path):
         run(dataset_name=tmp_path / "pairs.parquet")
     folder = run(dataset_name=tmp_path / "pairs.parquet", max_unreadable_share=0.2)
     assert report_of(folder)["dropped"] == {"unreadable_image": 1}
+
+
+def test_a_source_without_rows_held_out_gives_up_some_of_its_own(run, tmp_path):
+    make_pairs().to_parquet(tmp_path / "pairs.parquet")
+    tokenizer = fit_text_tokenizer(CAPTIONS, 300)
+    data = DatasetArguments(dataset_name=str(tmp_path / "pairs.parquet"))
+    extra = pretrain.PretrainArguments(eval_dataset_split="validation")
+    size = {"image_size": 16, "seed": 0}
+    rows = pretrain.prepare_run_rows(
+        open_rows(data, **size), tokenizer, 50, data, CaptionArguments(), extra, size, tmp_path / "run"
+    )
+    trained, held_out = set(rows.pairs["text"]), set(rows.held_out["text"])
+    assert len(held_out) == 1 and not trained & held_out and trained | held_out == set(CAPTIONS)
 
 
 def test_text_only_rows_are_mixed_in_and_long_ones_cut(run, entries, tmp_path):

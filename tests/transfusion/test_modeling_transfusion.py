@@ -512,8 +512,17 @@ def test_the_vae_scales_and_shifts_and_brings_its_channels(make_model, tiny_vae)
     expected = (model.vae.encode(pixels).latent_dist.mean - 0.3) * 0.7
     torch.testing.assert_close(latents, expected)
     torch.testing.assert_close(model.decode_image_tokens(latents), model.vae.decode(latents / 0.7 + 0.3).sample)
-    sampled = [model.model.encode_pixels(pixels, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    sampled = [model.model.encode_pixels(pixels, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
+
+
+def test_a_picture_is_encoded_alike_alone_and_beside_a_larger_one(make_model, tiny_vae):
+    model = make_model(vae_config=tiny_vae)
+    small, large = torch.rand(1, 3, 4, 8) * 2 - 1, torch.rand(1, 3, 12, 8) * 2 - 1
+    padded = torch.cat([torch.nn.functional.pad(small, (0, 0, 0, 8)), large])
+    latents = model.model.encode_pixels(padded, torch.tensor([[2, 4], [6, 4]]))
+    torch.testing.assert_close(latents[:1, :, :2], model.model.encode_pixels(small))
+    torch.testing.assert_close(latents[1:], model.model.encode_pixels(large))
 
 
 def test_the_vae_is_frozen_in_training_and_after_loading(make_model, lay_out, tiny_vae, tmp_path):

@@ -100,13 +100,22 @@ def test_a_scheduler_that_reads_the_prediction_as_something_else_is_refused(make
     noise, velocity, flow = (
         make_config(prediction_type=name) for name in ("epsilon", "v_prediction", "flow_prediction")
     )
-    for scheduler in (DDPMScheduler(), DDIMScheduler(), DPMSolverMultistepScheduler(), UniPCMultistepScheduler()):
+    for kind in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        scheduler = kind.from_config(build_scheduler(noise).config)
         check_scheduler(scheduler, noise)
         for config in (velocity, flow):
             with pytest.raises(ValueError, match=f"{type(scheduler).__name__}.*'epsilon'.*{config.prediction_type}"):
                 check_scheduler(scheduler, config)
     check_scheduler(FlowMatchEulerDiscreteScheduler(), flow)
-    check_scheduler(DDIMScheduler(prediction_type="v_prediction"), velocity)
+    check_scheduler(DDIMScheduler.from_config(build_scheduler(velocity).config), velocity)
     for config in (noise, velocity):
         with pytest.raises(ValueError, match="'flow_prediction'"):
             check_scheduler(FlowMatchEulerDiscreteScheduler(), config)
+
+
+def test_a_scheduler_with_other_noise_levels_is_refused(make_config):
+    config = make_config(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="other noise levels.*from_config"):
+        check_scheduler(DDIMScheduler(num_train_timesteps=config.num_train_timesteps), config)
+    with pytest.raises(ValueError, match="other noise levels"):
+        check_scheduler(DDIMScheduler(num_train_timesteps=17, beta_schedule="squaredcos_cap_v2"), config)

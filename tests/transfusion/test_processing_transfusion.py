@@ -154,3 +154,16 @@ def test_pictures_come_back_in_every_form(processor):
 def test_written_ids_come_back_as_strings(processor):
     ids = processor(text=["a red star", "kite"], padding=True, return_tensors="pt")["input_ids"]
     assert processor.post_process_multimodal_output(ids) == ["a red star", "kite"]
+
+
+def test_a_text_models_tokenizer_adds_no_second_beginning(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("a star")["input_ids"][-1] == tokenizer.eos_token_id
+    processor = TransfusionProcessor(TransfusionImageProcessor(), tokenizer)
+    prompt = processor(text=["a star"])["input_ids"][0]
+    assert list(prompt) == processor.encode_document([{"type": "text", "text": "a star"}])["input_ids"][:-1]

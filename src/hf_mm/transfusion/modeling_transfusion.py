@@ -112,11 +112,18 @@ class TransfusionModel(TransfusionPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     @torch.no_grad()
-    def encode_pixels(self, pixel_values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode_pixels(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
         """Encodes pictures as scaled latents, which are the pictures themselves where there is no VAE.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`): In [-1, 1].
+            image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+                Height and width in latent pixels where they differ; padding is cut off before encoding.
             generator (`torch.Generator`, *optional*): Samples the latents; without it their mean is taken.
 
         Returns:
@@ -124,6 +131,20 @@ class TransfusionModel(TransfusionPreTrainedModel):
         """
         if self.vae is None:
             return pixel_values
+        if image_sizes is None:
+            return self._encode(pixel_values, generator)
+        stride = self.config.vae_stride
+        latents = pixel_values.new_zeros(
+            len(pixel_values), self.config.latent_channels, *(side // stride for side in pixel_values.shape[-2:])
+        )
+        for height, width in dict.fromkeys(map(tuple, image_sizes.tolist())):
+            index = (image_sizes == image_sizes.new_tensor([height, width])).all(-1).nonzero().flatten()
+            pictures = pixel_values[index, :, : height * stride, : width * stride]
+            latents[index, :, :height, :width] = self._encode(pictures, generator).to(latents.dtype)
+        return latents
+
+    def _encode(self, pixel_values: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Encodes pictures of one size."""
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
         latents = (posterior.mode() if generator is None else posterior.sample(generator)).float()
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
@@ -252,7 +273,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         refuse_leaky_packing(position_ids, attention_mask, past_key_values, use_cache)
         images = None
         if latents is None and pixel_values is not None:
-            latents = self.encode_pixels(pixel_values)
+            latents = self.encode_pixels(pixel_values, image_sizes)
         if latents is not None:
             if timesteps is None:
                 timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
@@ -514,7 +535,7 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
         if use_cache is None:
             use_cache = labels is None and self.config.text_config.use_cache
         if latents is None and pixel_values is not None:
-            latents = self.model.encode_pixels(pixel_values)
+            latents = self.model.encode_pixels(pixel_values, image_sizes)
         inputs, target = latents, None
         if latents is not None and (labels is not None or timesteps is not None):
             if timesteps is None:

@@ -45,7 +45,7 @@ def check_scheduler(scheduler: SchedulerMixin, config: TransfusionConfig) -> Non
     """Refuses a scheduler that reads the model's prediction as something else.
 
     Raises:
-        ValueError: If the scheduler's prediction type differs from `config.prediction_type`.
+        ValueError: If the scheduler's prediction type or its noise levels are not those the model was trained with.
     """
     wants = scheduler.config.get("prediction_type")
     if wants is None and type(scheduler).__name__.startswith("FlowMatch"):
@@ -58,6 +58,13 @@ def check_scheduler(scheduler: SchedulerMixin, config: TransfusionConfig) -> Non
             f"`scheduler`={type(scheduler).__name__} expects `prediction_type`={wants!r}, but this model predicts "
             f"{config.prediction_type!r}. Use {fitting} with that `prediction_type`."
         )
+    if config.prediction_type != "flow_prediction":
+        trained, given = build_scheduler(config).alphas_cumprod, scheduler.alphas_cumprod.cpu()
+        if given.shape != trained.shape or not torch.allclose(given, trained, atol=1e-4):
+            raise ValueError(
+                f"`scheduler`={type(scheduler).__name__} has other noise levels than the model was trained with. "
+                f"Build it as `{type(scheduler).__name__}.from_config(pipe.scheduler.config)`."
+            )
 
 
 def sample_timesteps(

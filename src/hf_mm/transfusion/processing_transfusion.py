@@ -10,6 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import PreTrainedConfig
+from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -80,6 +81,24 @@ class TransfusionProcessor(ProcessorMixin):
             patch_size=config.patch_size,
         )
         return cls(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Encodes prompts and pictures; `<image>` in a prompt stands for the next picture.
+
+        Args:
+            images (`ImageInput`, *optional*): Pictures, in the order of their places.
+            text (`str` or `list[str]`, *optional*): Prompts; without any, each picture is one.
+            kwargs: Those of the library's processors, such as `padding` and `return_tensors`.
+
+        Returns:
+            `BatchFeature`: `input_ids`, `attention_mask` and, with pictures, `pixel_values` and `image_sizes`.
+
+        Raises:
+            ValueError: If a prompt spells a special token, or places and pictures are not as many.
+        """
+        # The beginning of a document is laid out here; a text model's tokenizer must not add another.
+        kwargs.setdefault("add_special_tokens", False)
+        return super().__call__(images=images, text=text, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
