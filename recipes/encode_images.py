@@ -1,8 +1,12 @@
-"""Encodes the images of a recipe's rows once, so that training reads latents (or cropped pixels) and never a picture.
+"""Encodes the images of a recipe's rows once, so that training reads latents, codes or pixels and never a picture.
 
 accelerate launch recipes/encode_images.py --dataset_name my/pictures --text_column caption --image_size 256 \
     --image_tokenizer_name runs/my_vae --output_dir runs/encoded
+accelerate launch recipes/encode_images.py --dataset_name icon_scenes:shapes --image_size 32 \
+    --image_tokenizer_name runs/vq_tiny --output_dir runs/codes
 accelerate launch recipes/encode_images.py --dataset_name icon_scenes:shapes --image_size 32 --output_dir runs/pixels
+
+The tokenizer is an `AutoencoderKL`, whose rows are latents, or any `VQModel`, whose rows are `codes`.
 
 Every process that accelerate starts encodes its share; the same command finishes what was cut off, in any number of
 processes. Train on the result with `--dataset_name runs/encoded`.
@@ -13,21 +17,22 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
 from hf_mm.data.caption_arguments import CaptionArguments
-from hf_mm.data.image_encoding import encode_rows, raw_pixels
+from hf_mm.data.image_encoding import Encoder, encode_rows, raw_pixels
 from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.text_tokenizer import load_text_tokenizer
-from hf_mm.training.image_tokenizer import measure_latent_scale
 from hf_mm.training.image_tokenizer_arguments import find_latent_shape
+from hf_mm.training.image_tokenizer_codecs import find_codes, measure_latent_scale
 from hf_mm.training.recipe import parse_recipe
 
 
@@ -36,7 +41,7 @@ class EncodeArguments:
     """With what images are encoded, and where to."""
 
     image_tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Frozen AutoencoderKL, a folder or a Hub id; none: raw pixels."}
+        default=None, metadata={"help": "Frozen AutoencoderKL or VQModel, a folder or a Hub id; none: pixels."}
     )
     image_size: int = field(default=256, metadata={"help": "Pixels of a side; pictures are cropped and resized."})
     patch_size: int = field(default=1, metadata={"help": "Latent pixels per side of a patch of the model to be."})
@@ -78,8 +83,27 @@ class LatentEncoder:
         return {"latent_mean": mean.half(), "latent_std": std.half()}
 
 
-def load_image_tokenizer(arguments: EncodeArguments, rows: Dataset, state: PartialState) -> tuple[AutoencoderKL, str]:
-    """Loads the tokenizer; where it has no latent scale, measures it and keeps a copy with it beside the rows."""
+class CodeEncoder:
+    """Turns pixels into codes, row by row of their grid.
+
+    In full precision also on a GPU, so that a code does not depend on the device but where two are equally near.
+
+    Args:
+        vq (`VQModel`): Frozen.
+        device (`torch.device`): Where to encode.
+    """
+
+    def __init__(self, vq: VQModel, device: torch.device) -> None:
+        self.vq, self.device = vq.to(device).eval(), device
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encodes uint8 pictures (B, 3, H, W) to int32 arrays (B, h * w)."""
+        images = pixels.to(self.device, torch.float32) / 127.5 - 1
+        return {"codes": find_codes(self.vq, self.vq.encode(images).latents).flatten(1).int()}
+
+
+def load_vae(arguments: EncodeArguments, rows: Dataset, state: PartialState) -> tuple[AutoencoderKL, str]:
+    """Loads an autoencoder; where it has no latent scale, measures it and keeps a copy with it beside the rows."""
     name = str(arguments.image_tokenizer_name)
     copy = Path(arguments.output_dir) / "image_tokenizer"
     if AutoencoderKL.load_config(name).get("scaling_factor") is not None:
@@ -98,11 +122,35 @@ def load_image_tokenizer(arguments: EncodeArguments, rows: Dataset, state: Parti
     return AutoencoderKL.from_pretrained(copy, use_safetensors=True), str(copy)
 
 
-def digest_weights(vae: AutoencoderKL) -> str:
+def choose_encoder(
+    arguments: EncodeArguments, rows: Dataset, state: PartialState
+) -> tuple[Encoder, int, dict[str, Any]]:
+    """Returns the encoder that the recipe names, its stride, and what identifies it."""
+    name = arguments.image_tokenizer_name
+    if name is None:
+        return raw_pixels, 1, {"image_tokenizer_name": None}
+    kind = AutoencoderKL.load_config(name)["_class_name"]
+    encode: Encoder
+    if kind == "VQModel":
+        vq = VQModel.from_pretrained(name, use_safetensors=True)
+        tokenizer, encode = vq, CodeEncoder(vq, state.device)
+        own = {"num_codes": vq.config.num_vq_embeddings}
+        own["code_grid"] = list(find_latent_shape(vq, arguments.image_size)[1:])
+    elif kind == "AutoencoderKL":
+        vae, name = load_vae(arguments, rows, state)
+        tokenizer, encode = vae, LatentEncoder(vae, state.device)
+        own = {key: vae.config[key] for key in ("scaling_factor", "shift_factor")}
+    else:
+        raise ValueError(f"`image_tokenizer_name`={name} is of class {kind}. Name an AutoencoderKL or a VQModel.")
+    stride = 2 ** (len(tokenizer.config.block_out_channels) - 1)
+    return encode, stride, {"image_tokenizer_name": name, "weights": digest_weights(tokenizer), **own}
+
+
+def digest_weights(tokenizer: AutoencoderKL | VQModel) -> str:
     """Hashes the weights, so that other weights under the same name are noticed."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in vae.state_dict().items():
-        digest.update(name.encode() + weight.contiguous().numpy().tobytes())
+    for name, weight in tokenizer.state_dict().items():
+        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -119,13 +167,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
         print(report.to_markdown())
-    encode, stride, identity = raw_pixels, 1, {"image_tokenizer_name": None}
-    if arguments.image_tokenizer_name is not None:
-        vae, name = load_image_tokenizer(arguments, rows, state)
-        stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        identity = {"image_tokenizer_name": name, "weights": digest_weights(vae)}
-        identity |= {key: vae.config[key] for key in ("scaling_factor", "shift_factor")}
-        encode = LatentEncoder(vae, state.device)
+    encode, stride, identity = choose_encoder(arguments, rows, state)
     encode_rows(
         rows,
         encode,

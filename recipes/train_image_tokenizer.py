@@ -1,18 +1,21 @@
-"""Trains an image tokenizer, an `AutoencoderKL`, on pictures.
+"""Trains an image tokenizer on pictures: an `AutoencoderKL`, or a `VQModel` whose latents are codes.
 
 accelerate launch recipes/train_image_tokenizer.py --config recipes/configs/vae_tiny.yaml
+accelerate launch recipes/train_image_tokenizer.py --config recipes/configs/vq_tiny.yaml
 accelerate launch recipes/train_image_tokenizer.py --config recipes/configs/vae_tiny.yaml \
     --dataset_name my/pictures --output_dir runs/my_vae
 
 Pictures need no captions. The same command goes on where a stopped run was. The output folder is then a Hub repo
-folder with the measured latent scale in its config.
+folder, with the measured latent scale in its config or the usage of the codes beside it.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, VQModel
 from torch.utils.data import DataLoader
 
 from hf_mm.data.caption_arguments import CaptionArguments
@@ -20,41 +23,80 @@ from hf_mm.data.mixing import StepSampler
 from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_pictures, prepare_rows
 from hf_mm.training.checkpoint import Checkpoints
-from hf_mm.training.image_tokenizer import (
-    LOSS_PARTS,
-    ImageTokenizerTrainer,
-    measure_latent_scale,
-    save_reconstructions,
-)
+from hf_mm.training.codebook import CodebookUpkeep, measure_usage
+from hf_mm.training.image_tokenizer import LOSS_PARTS, ImageTokenizerTrainer
 from hf_mm.training.image_tokenizer_arguments import (
     ImageTokenizerArguments,
     add_adversary,
+    build_image_tokenizer,
     build_trainer,
-    build_vae,
     find_latent_shape,
 )
+from hf_mm.training.image_tokenizer_codecs import VQCodec, measure_latent_scale, save_reconstructions
 from hf_mm.training.loop import TrainingProgress, train
-from hf_mm.training.optimization import ema_weights, prepare_training, trainable_parameters
+from hf_mm.training.optimization import TrainingParts, ema_weights, prepare_training, trainable_parameters
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
 
 
+def build_upkeep(
+    arguments: ImageTokenizerArguments,
+    trainer: ImageTokenizerTrainer,
+    parts: TrainingParts,
+    pictures: TrainingPictures,
+    progress: TrainingProgress,
+    seed: int,
+) -> tuple[int | None, Callable[[int], None]]:
+    """Returns how often the codebook of a `VQModel` is looked after, and by what; another tokenizer's never."""
+    if not isinstance(trainer.codec, VQCodec):
+        return None, lambda step: None
+    upkeep = CodebookUpkeep(
+        trainer.codec,
+        parts.ema,
+        trainable_parameters(parts.model),
+        lambda generator: pictures.draw(arguments.num_revival_images, generator),
+        progress,
+        seed=seed,
+        last_revival_step=arguments.last_code_revival_step,
+    )
+    return arguments.code_revival_steps, upkeep
+
+
+def finish(tokenizer: AutoencoderKL | VQModel, pictures: TrainingPictures, num_pictures: int, output_dir: Path) -> str:
+    """Measures the latent scale or the usage of the codes, saves the tokenizer, and says what was measured."""
+    images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
+    if isinstance(tokenizer.eval(), VQModel):
+        usage = measure_usage(tokenizer, images)
+        text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
+        (output_dir / "codebook_usage.json").write_text(text, encoding="utf-8")
+        measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
+    else:
+        scale = measure_latent_scale(tokenizer, images)
+        tokenizer.register_to_config(scaling_factor=scale)
+        measured = f"latent scale {scale:.4f}"
+    save_reconstructions(tokenizer, pictures.first(8), output_dir / "reconstructions.png")
+    tokenizer.save_pretrained(output_dir)
+    return f"The tokenizer is in {output_dir}, with {measured}."
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Trains, measures the latent scale and saves the tokenizer."""
+    """Trains, measures the latent scale or the usage of the codes, and saves the tokenizer."""
     arguments, data_args, caption_args, recipe = parse_recipe(
         ImageTokenizerArguments, DatasetArguments, CaptionArguments, TrainingRecipe, argv=argv
     )
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
-    vae = build_vae(arguments)
-    latent_shape = find_latent_shape(vae, arguments.image_size)
+    tokenizer = build_image_tokenizer(arguments)
+    latent_shape = find_latent_shape(tokenizer, arguments.image_size)
     with accelerator.main_process_first():
         rows = open_pictures(data_args, image_size=arguments.image_size, seed=recipe.seed)
         rows, report = prepare_rows(rows, data_args, caption_args, None)
     if report is not None:
         accelerator.print(report.to_markdown())
-    pictures = TrainingPictures(rows, arguments.image_size, latent_shape, recipe.seed)
+    noise_shape = None if isinstance(tokenizer, VQModel) else latent_shape
+    pictures = TrainingPictures(rows, arguments.image_size, noise_shape, recipe.seed)
 
-    parts = prepare_training(accelerator, build_trainer(arguments, vae), recipe)
+    trainer = build_trainer(arguments, tokenizer)
+    parts = prepare_training(accelerator, trainer, recipe)
     progress = TrainingProgress()
     identity = asdict(arguments) | asdict(data_args) | asdict(caption_args)
     checkpoints = Checkpoints(accelerator, parts, progress, recipe, identity)
@@ -75,8 +117,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     def draw(step: int) -> None:
         if accelerator.is_main_process:
             with ema_weights(parts.ema, trainable_parameters(parts.model)):
-                save_reconstructions(vae, pictures.first(8), output_dir / "samples" / f"step-{step:06d}.png")
+                save_reconstructions(tokenizer, pictures.first(8), output_dir / "samples" / f"step-{step:06d}.png")
 
+    revival_steps, upkeep = build_upkeep(arguments, trainer, parts, pictures, progress, recipe.seed)
+    if first_step == 0:
+        upkeep(0)
     train(
         accelerator,
         parts,
@@ -85,19 +130,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=ImageTokenizerTrainer.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.sample_steps, draw)],
+        every=[(revival_steps, upkeep), (recipe.sample_steps, draw)],
         loss_parts=LOSS_PARTS,
     )
     if accelerator.is_main_process:
         with ema_weights(parts.ema, trainable_parameters(parts.model)):
-            numbers = range(min(arguments.num_scale_images, len(rows)))
-            scale = measure_latent_scale(vae.eval(), (pictures.pixels(n)[None].to(vae.device) for n in numbers))
-            vae.register_to_config(scaling_factor=scale)
-            save_reconstructions(vae, pictures.first(8), output_dir / "reconstructions.png")
-            vae.save_pretrained(output_dir)
+            print(finish(tokenizer, pictures, min(arguments.num_scale_images, len(rows)), output_dir))
             if recipe.push_to_hub is not None:
-                vae.push_to_hub(recipe.push_to_hub)
-        accelerator.print(f"The tokenizer is in {output_dir}, with latent scale {scale:.4f}.")
+                tokenizer.push_to_hub(recipe.push_to_hub)
     accelerator.end_training()
     return output_dir
 

@@ -10,7 +10,7 @@ import pretrain
 from building import ModelArguments, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.sources import DatasetArguments
-from hf_mm.training.image_tokenizer_arguments import ImageTokenizerArguments, build_vae, find_latent_shape
+from hf_mm.training.image_tokenizer_arguments import ImageTokenizerArguments, build_image_tokenizer, find_latent_shape
 from hf_mm.training.recipe import TrainingRecipe, parse_recipe
 
 
@@ -45,7 +45,7 @@ OPTIMISATION = {
 
 
 def kinds_of(config: Path) -> tuple[type, ...]:
-    return VAE_ARGUMENTS if config.name.startswith("vae") else pretrain.ARGUMENTS
+    return VAE_ARGUMENTS if config.name.startswith(("vae", "vq")) else pretrain.ARGUMENTS
 
 
 def parse(name: str, *words: str) -> dict[str, object]:
@@ -59,7 +59,7 @@ def test_every_recipe_opens_with_paper_and_command_and_parses(config, monkeypatc
     monkeypatch.chdir(ROOT)
     comment = "".join(line for line in config.read_text().splitlines(True) if line.startswith("#"))
     assert config.read_text().startswith("#") and re.search(r"arXiv \d{4}\.\d{5}", comment)
-    recipe = "train_image_tokenizer" if config.name.startswith("vae") else "pretrain"
+    recipe = "train_image_tokenizer" if kinds_of(config) is VAE_ARGUMENTS else "pretrain"
     assert re.search(
         rf"# accelerate launch .*recipes/{recipe}\.py --config (recipes/configs/{config.name}|<this file>)", comment
     )
@@ -122,7 +122,7 @@ def test_numbers_of_appendix_a_stand_in_the_recipe_of_the_vae():
     assert values["perceptual_model"] and values["identity_model"]
     arguments, *_ = parse_recipe(*VAE_ARGUMENTS, argv=["--config", str(ROOT / "recipes/configs/vae_256px.yaml")])
     with torch.device("meta"):
-        vae = build_vae(arguments)
+        vae = build_image_tokenizer(arguments)
     assert find_latent_shape(vae, arguments.image_size) == (8, 32, 32)
     assert sum(weight.numel() for weight in vae.parameters()) / 1e6 == pytest.approx(86, rel=0.03)
 

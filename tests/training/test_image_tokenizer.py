@@ -10,11 +10,10 @@ from hf_mm.training.image_tokenizer import (
     FeatureDistance,
     ImageTokenizerTrainer,
     ImageTokenizerWeights,
-    KLCodec,
     PatchDiscriminator,
     load_feature_distance,
-    measure_latent_scale,
 )
+from hf_mm.training.image_tokenizer_codecs import KLCodec, measure_latent_scale
 
 
 def make_vae() -> AutoencoderKL:

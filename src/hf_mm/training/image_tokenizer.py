@@ -1,19 +1,15 @@
 """What an image tokenizer is trained on: reconstruction, a regular latent, features and a patch discriminator.
 
-Knows the forward contracts of diffusers' autoencoders. Does not know which family will use the latents, nor the data.
+Knows what a codec returns, see `image_tokenizer_codecs`. Does not know which tokenizer that is, nor the data.
 
 Generator and discriminator are trained by one loss with one backward pass: the discriminator's loss sees detached
 reconstructions, and the generator's loss sees the discriminator with detached weights. So each loss reaches only its
 own parameters, one optimizer serves both, and the training loop needs to know nothing of two players.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -21,8 +17,6 @@ from transformers import AutoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import ModelOutput
-
-from .samples import save_captioned_grid
 
 
 # Axes: N images, C channels, H W pixels, h w latent pixels.
@@ -38,7 +32,8 @@ class ImageTokenizerOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): What is minimised.
         reconstruction_loss (`torch.FloatTensor` of shape `()`): Mean absolute error over pixels in [-1, 1].
-        latent_loss (`torch.FloatTensor` of shape `()`): KL of a latent image to the unit normal, in nats.
+        latent_loss (`torch.FloatTensor` of shape `()`): What the codec asks of a latent image: the KL to the unit
+            normal in nats, or the losses of the codebook.
         perceptual_loss (`torch.FloatTensor` of shape `()`): Distance of the perceptual network's features.
         identity_loss (`torch.FloatTensor` of shape `()`): Distance of the identity network's features.
         generator_loss (`torch.FloatTensor` of shape `()`): Minus the discriminator's mean score of reconstructions.
@@ -53,37 +48,6 @@ class ImageTokenizerOutput(ModelOutput):
     identity_loss: torch.Tensor | None = None
     generator_loss: torch.Tensor | None = None
     discriminator_loss: torch.Tensor | None = None
-
-
-class KLCodec(nn.Module):
-    """Reconstructs images through an `AutoencoderKL`, with the noise of its posterior given from outside.
-
-    Another kind of tokenizer takes part in training by a module with the same forward.
-
-    Args:
-        vae (`AutoencoderKL`): The tokenizer to train.
-
-    """
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pixel_values: torch.Tensor, latent_noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encodes, samples and decodes.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(N, C, H, W)`): In [-1, 1].
-            latent_noise (`torch.FloatTensor` of shape `(N, c, h, w)`): Standard normal.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The reconstruction `(N, C, H, W)`, and the KL of each image `(N,)`,
-            summed over its latent.
-
-        """
-        posterior = self.vae.encode(pixel_values).latent_dist
-        reconstruction = self.vae.decode(posterior.mean + posterior.std * latent_noise).sample
-        return reconstruction, posterior.kl()
 
 
 class PatchDiscriminator(nn.Module):
@@ -202,7 +166,7 @@ class ImageTokenizerTrainer(nn.Module):
     micro-batch to micro-batch, and accumulation would no longer equal one big batch.
 
     Args:
-        codec (`nn.Module`): Such as `KLCodec`.
+        codec (`nn.Module`): Such as `KLCodec` or `VQCodec`.
         discriminator (`nn.Module`): Such as `PatchDiscriminator`.
         weights (`ImageTokenizerWeights`): Of the parts other than the discriminator's.
         perceptual_distance (`nn.Module`, *optional*): Takes two batches of images in [-1, 1], returns `(N,)`.
@@ -231,7 +195,7 @@ class ImageTokenizerTrainer(nn.Module):
     def forward(
         self,
         pixel_values: torch.Tensor,
-        latent_noise: torch.Tensor,
+        latent_noise: torch.Tensor | None = None,
         num_images_in_batch: torch.Tensor | None = None,
         adversarial_weight: torch.Tensor | None = None,
     ) -> ImageTokenizerOutput:
@@ -239,7 +203,8 @@ class ImageTokenizerTrainer(nn.Module):
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(N, 3, H, W)`): In [-1, 1].
-            latent_noise (`torch.FloatTensor` of shape `(N, c, h, w)`): Standard normal.
+            latent_noise (`torch.FloatTensor` of shape `(N, c, h, w)`, *optional*): Standard normal, for a codec that
+                samples its latents.
             num_images_in_batch (`torch.IntTensor` of shape `()`, *optional*): Images of the whole step; N by default.
             adversarial_weight (`torch.FloatTensor` of shape `()`, *optional*): Weight of the generator's loss. Without
                 it the discriminator neither judges nor learns.
@@ -249,7 +214,8 @@ class ImageTokenizerTrainer(nn.Module):
 
         """
         num_images = len(pixel_values) if num_images_in_batch is None else num_images_in_batch
-        reconstruction, latent_loss = self.codec(pixel_values, latent_noise)
+        noise = () if latent_noise is None else (latent_noise,)
+        reconstruction, latent_loss = self.codec(pixel_values, *noise)
         reconstruction_loss = (reconstruction - pixel_values).abs().mean(dim=(1, 2, 3)).sum() / num_images
         latent_loss = latent_loss.sum() / num_images
         output = ImageTokenizerOutput(reconstruction_loss=reconstruction_loss, latent_loss=latent_loss)
@@ -277,48 +243,3 @@ class ImageTokenizerTrainer(nn.Module):
         both = self.discriminator(torch.cat([pixel_values, reconstruction.detach()]))
         real, ours = both.chunk(2)
         return 0.5 * (F.relu(1 - real) + F.relu(1 + ours)).mean(dim=(1, 2, 3))
-
-
-@torch.no_grad()
-def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> float:
-    """Measures the factor that gives latents a standard deviation of 1, as sampled from the posterior.
-
-    Args:
-        vae (`AutoencoderKL`): The trained tokenizer.
-        images (`Iterable[torch.FloatTensor]` of shape `(N, 3, H, W)`): Batches in [-1, 1].
-
-    Returns:
-        `float`: For `config.scaling_factor`.
-
-    Raises:
-        ValueError: If there is no image, or the latents are constant.
-
-    """
-    count, total, total_of_squares = 0, 0.0, 0.0
-    for pixel_values in images:
-        posterior = vae.encode(pixel_values).latent_dist
-        count += posterior.mean.numel()
-        total += posterior.mean.double().sum().item()
-        # The noise of the posterior is independent of its mean, so its variance adds to that of the means.
-        total_of_squares += (posterior.mean.double().square() + posterior.var.double()).sum().item()
-    variance = total_of_squares / count - (total / count) ** 2 if count else 0.0
-    if not variance > 0:
-        raise ValueError(f"`images` gave {count} latent values of variance {variance}. Give at least one real image.")
-    return variance**-0.5
-
-
-@torch.no_grad()
-def save_reconstructions(vae: AutoencoderKL, images: torch.Tensor, path: str | Path) -> None:
-    """Saves pictures, each beside what the tokenizer makes of it.
-
-    Args:
-        vae (`AutoencoderKL`): The tokenizer; in evaluation mode afterwards.
-        images (`torch.FloatTensor` of shape `(N, 3, H, W)`): In [-1, 1].
-        path (`str` or `Path`): Where to.
-
-    """
-    images = images.to(vae.device)
-    ours = vae.eval().decode(vae.encode(images).latent_dist.mode()).sample
-    pairs = torch.stack([images, ours], dim=1).flatten(0, 1).cpu()  # (2 N, 3, H, W), by turns
-    shown = VaeImageProcessor(do_resize=False).postprocess(pairs)
-    save_captioned_grid(shown, ["picture", "decoded"] * len(images), path)

@@ -2,25 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 
-from .image_tokenizer import (
-    ImageTokenizerTrainer,
-    ImageTokenizerWeights,
-    KLCodec,
-    PatchDiscriminator,
-    load_feature_distance,
-)
+from .image_tokenizer import ImageTokenizerTrainer, ImageTokenizerWeights, PatchDiscriminator, load_feature_distance
+from .image_tokenizer_codecs import KLCodec, VQCodec
 
 
 @dataclass
 class ImageTokenizerArguments:
     """The tokenizer, and what its loss is made of."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "AutoencoderKL to train further."})
+    image_tokenizer_class: Literal["AutoencoderKL", "VQModel"] = field(
+        default="AutoencoderKL", metadata={"help": "Latents that are continuous, or codes."}
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Tokenizer to train further."})
     image_size: int = field(default=64, metadata={"help": "Pixels of a side; pictures are cropped and resized."})
     latent_channels: int = field(default=4, metadata={"help": "Channels of the latent."})
     block_out_channels: list[int] = field(
@@ -29,7 +27,19 @@ class ImageTokenizerArguments:
     )
     layers_per_block: int = field(default=1, metadata={"help": "Residual blocks per level."})
     norm_num_groups: int = field(default=8, metadata={"help": "Groups of the norms; divides every level's channels."})
+    mid_block_add_attention: bool = field(default=True, metadata={"help": "Attention at the smallest size."})
+    num_vq_embeddings: int = field(default=8192, metadata={"help": "Codes of a VQModel."})
+    vq_embed_dim: int | None = field(default=None, metadata={"help": "Length of a code; none: latent_channels."})
     latent_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL, summed over the latent."})
+    codebook_weight: float = field(default=1.0, metadata={"help": "Weight of codebook and commitment of a VQModel."})
+    commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment within it."})
+    code_revival_steps: int | None = field(
+        default=200, metadata={"help": "Every so many steps usage is logged, and codes not used since are drawn anew."}
+    )
+    last_code_revival_step: int | None = field(
+        default=None, metadata={"help": "From the step after it on usage is logged only; none: never."}
+    )
+    num_revival_images: int = field(default=64, metadata={"help": "Pictures of whose latents codes are drawn."})
     adversarial_weight: float = field(default=0.5, metadata={"help": "Weight of the generator's loss."})
     discriminator_start_step: int | None = field(default=None, metadata={"help": "First step with it; none: never."})
     discriminator_channels: int = field(default=64, metadata={"help": "Width of the discriminator's first layer."})
@@ -38,7 +48,7 @@ class ImageTokenizerArguments:
     perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of that distance."})
     identity_model: str | None = field(default=None, metadata={"help": "Backbone of transformers for the ID loss."})
     identity_weight: float = field(default=0.2, metadata={"help": "Weight of that distance."})
-    num_scale_images: int = field(default=512, metadata={"help": "Pictures the latent scale is measured on."})
+    num_scale_images: int = field(default=512, metadata={"help": "Pictures the scale or the usage is measured on."})
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not fit together."""
@@ -46,12 +56,15 @@ class ImageTokenizerArguments:
             raise ValueError(f"`norm_num_groups`={self.norm_num_groups} does not divide `block_out_channels` {bad}.")
 
 
-def build_vae(arguments: ImageTokenizerArguments) -> AutoencoderKL:
-    """Loads or makes the tokenizer; another kind of tokenizer is one more branch here, with a codec of its own."""
+def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL | VQModel:
+    """Loads or makes the tokenizer; another class of tokenizer is one more entry here, with a codec of its own."""
+    classes = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+    kind: Any = classes[arguments.image_tokenizer_class]
     if arguments.model_name_or_path is not None:
-        return AutoencoderKL.from_pretrained(arguments.model_name_or_path, use_safetensors=True)
+        return kind.from_pretrained(arguments.model_name_or_path, use_safetensors=True)
     num_levels = len(arguments.block_out_channels)
-    return AutoencoderKL(
+    own = {"num_vq_embeddings": arguments.num_vq_embeddings, "vq_embed_dim": arguments.vq_embed_dim}
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * num_levels,
         up_block_types=("UpDecoderBlock2D",) * num_levels,
         block_out_channels=tuple(arguments.block_out_channels),
@@ -59,31 +72,38 @@ def build_vae(arguments: ImageTokenizerArguments) -> AutoencoderKL:
         latent_channels=arguments.latent_channels,
         norm_num_groups=arguments.norm_num_groups,
         sample_size=arguments.image_size,
+        mid_block_add_attention=arguments.mid_block_add_attention,
+        **(own if kind is VQModel else {}),
     )
 
 
-def find_latent_shape(vae: AutoencoderKL, image_size: int) -> tuple[int, int, int]:
+def find_latent_shape(tokenizer: AutoencoderKL | VQModel, image_size: int) -> tuple[int, int, int]:
     """Returns channels, height and width of the latent of a picture.
 
     Raises:
         ValueError: If the picture's size is no multiple of the tokenizer's stride.
     """
-    stride = 2 ** (len(vae.config.block_out_channels) - 1)
+    stride = 2 ** (len(tokenizer.config.block_out_channels) - 1)
     if image_size % stride:
         raise ValueError(
             f"`image_size`={image_size} must be a multiple of {stride}, the stride of "
-            f"{len(vae.config.block_out_channels)} `block_out_channels`. Try {image_size // stride * stride}."
+            f"{len(tokenizer.config.block_out_channels)} `block_out_channels`. Try {image_size // stride * stride}."
         )
-    return vae.config.latent_channels, image_size // stride, image_size // stride
+    return tokenizer.config.latent_channels, image_size // stride, image_size // stride
 
 
-def build_trainer(arguments: ImageTokenizerArguments, vae: AutoencoderKL) -> ImageTokenizerTrainer:
+def build_trainer(arguments: ImageTokenizerArguments, tokenizer: AutoencoderKL | VQModel) -> ImageTokenizerTrainer:
     """Joins the tokenizer with its discriminator and the feature networks that the recipe names."""
     names = {"perceptual_distance": arguments.perceptual_model, "identity_distance": arguments.identity_model}
+    codec: KLCodec | VQCodec
+    if isinstance(tokenizer, VQModel):
+        codec, latent_weight = VQCodec(tokenizer, arguments.commitment_weight), arguments.codebook_weight
+    else:
+        codec, latent_weight = KLCodec(tokenizer), arguments.latent_weight
     return ImageTokenizerTrainer(
-        KLCodec(vae),
+        codec,
         PatchDiscriminator(arguments.discriminator_channels, arguments.discriminator_layers),
-        ImageTokenizerWeights(arguments.latent_weight, arguments.perceptual_weight, arguments.identity_weight),
+        ImageTokenizerWeights(latent_weight, arguments.perceptual_weight, arguments.identity_weight),
         **{key: None if name is None else load_feature_distance(name) for key, name in names.items()},
     )
 

@@ -1,0 +1,163 @@
+"""The image tokenizers that can be trained: each reconstructs images and says what its latents cost.
+
+Knows the forward contracts of diffusers' autoencoders. Does not know the other parts of the loss, nor the data.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from diffusers.image_processor import VaeImageProcessor
+from torch import distributed, nn
+
+from .samples import save_captioned_grid
+
+
+# Axes: N images, C channels, H W pixels, c latent channels, h w latent pixels, K codes.
+class KLCodec(nn.Module):
+    """Reconstructs images through an `AutoencoderKL`, with the noise of its posterior given from outside.
+
+    Another kind of tokenizer takes part in training by a module with the same forward.
+
+    Args:
+        vae (`AutoencoderKL`): The tokenizer to train.
+
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixel_values: torch.Tensor, latent_noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes, samples and decodes.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(N, C, H, W)`): In [-1, 1].
+            latent_noise (`torch.FloatTensor` of shape `(N, c, h, w)`): Standard normal.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The reconstruction `(N, C, H, W)`, and the KL of each image `(N,)`,
+            summed over its latent.
+
+        """
+        posterior = self.vae.encode(pixel_values).latent_dist
+        reconstruction = self.vae.decode(posterior.mean + posterior.std * latent_noise).sample
+        return reconstruction, posterior.kl()
+
+
+class VQCodec(nn.Module):
+    """Reconstructs images through a `VQModel`, and counts how often each code is used.
+
+    The straight-through gradient goes to the encoder, the loss of the codebook to the codes. Counts are summed over
+    all processes at once, so that they are saved with the weights and resumed, and are the same everywhere.
+
+    Source: VQ-VAE (arXiv 1711.00937), Eq. 3. Differs: means over the latent instead of sums, as VQGAN (arXiv
+    2012.09841) has it. The `VQModel` by itself puts the smaller weight on the codebook's term (`legacy` in diffusers).
+
+    Args:
+        vq (`VQModel`): The tokenizer to train.
+        commitment_weight (`float`, defaults to 0.25): Weight of the commitment beside that of the codebook's term.
+
+    """
+
+    code_counts: torch.Tensor
+
+    def __init__(self, vq: VQModel, commitment_weight: float = 0.25) -> None:
+        super().__init__()
+        self.vq, self.commitment_weight = vq, commitment_weight
+        self.register_buffer("code_counts", torch.zeros(vq.config.num_vq_embeddings, dtype=torch.long))
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes, quantizes and decodes.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(N, C, H, W)`): In [-1, 1].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: The reconstruction `(N, C, H, W)`, and the loss of the codebook and of
+            the commitment to it of each image `(N,)`, a mean over its latent.
+
+        """
+        latents = self.vq.encode(pixel_values).latents.float()
+        codes = find_codes(self.vq, latents)  # (N, h, w)
+        if self.training:
+            self._count(codes)
+        entries = self.vq.quantize.embedding(codes).permute(0, 3, 1, 2)  # (N, c, h, w)
+        codebook = (entries - latents.detach()).square()
+        commitment = (entries.detach() - latents).square()
+        quantized = latents + (entries - latents).detach()
+        # Not `vq.decode`, which would quantize again or, with `lookup_from_codebook`, take codes.
+        guide = quantized if self.vq.config.norm_type == "spatial" else None
+        reconstruction = self.vq.decoder(self.vq.post_quant_conv(quantized), guide)
+        return reconstruction, (codebook + self.commitment_weight * commitment).mean(dim=(1, 2, 3))
+
+    @torch.no_grad()
+    def _count(self, codes: torch.Tensor) -> None:
+        counts = torch.bincount(codes.flatten(), minlength=len(self.code_counts))
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
+        self.code_counts += counts
+
+
+@torch.no_grad()
+def find_codes(vq: VQModel, latents: torch.Tensor) -> torch.Tensor:
+    """Finds the nearest code of each latent pixel.
+
+    Args:
+        vq (`VQModel`): The tokenizer.
+        latents (`torch.FloatTensor` of shape `(N, c, h, w)`): From `vq.encode`.
+
+    Returns:
+        `torch.LongTensor` of shape `(N, h, w)`: Numbers of codes.
+
+    """
+    num_images, _, height, width = latents.shape
+    return vq.quantize(latents)[2][2].view(num_images, height, width)
+
+
+@torch.no_grad()
+def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> float:
+    """Measures the factor that gives latents a standard deviation of 1, as sampled from the posterior.
+
+    Args:
+        vae (`AutoencoderKL`): The trained tokenizer.
+        images (`Iterable[torch.FloatTensor]` of shape `(N, 3, H, W)`): Batches in [-1, 1].
+
+    Returns:
+        `float`: For `config.scaling_factor`.
+
+    Raises:
+        ValueError: If there is no image, or the latents are constant.
+
+    """
+    count, total, total_of_squares = 0, 0.0, 0.0
+    for pixel_values in images:
+        posterior = vae.encode(pixel_values).latent_dist
+        count += posterior.mean.numel()
+        total += posterior.mean.double().sum().item()
+        # The noise of the posterior is independent of its mean, so its variance adds to that of the means.
+        total_of_squares += (posterior.mean.double().square() + posterior.var.double()).sum().item()
+    variance = total_of_squares / count - (total / count) ** 2 if count else 0.0
+    if not variance > 0:
+        raise ValueError(f"`images` gave {count} latent values of variance {variance}. Give at least one real image.")
+    return variance**-0.5
+
+
+@torch.no_grad()
+def save_reconstructions(tokenizer: AutoencoderKL | VQModel, images: torch.Tensor, path: str | Path) -> None:
+    """Saves pictures, each beside what the tokenizer makes of it.
+
+    Args:
+        tokenizer (`AutoencoderKL` or `VQModel`): In evaluation mode afterwards.
+        images (`torch.FloatTensor` of shape `(N, 3, H, W)`): In [-1, 1].
+        path (`str` or `Path`): Where to.
+
+    """
+    images = images.to(tokenizer.device)
+    encoded = tokenizer.eval().encode(images)
+    latents = encoded.latent_dist.mode() if isinstance(tokenizer, AutoencoderKL) else encoded.latents
+    ours = tokenizer.decode(latents).sample  # a VQModel quantizes in here
+    pairs = torch.stack([images, ours], dim=1).flatten(0, 1).cpu()  # (2 N, 3, H, W), by turns
+    shown = VaeImageProcessor(do_resize=False).postprocess(pairs)
+    save_captioned_grid(shown, ["picture", "decoded"] * len(images), path)
