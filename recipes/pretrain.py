@@ -196,18 +196,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
         progress=progress,
         every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate)],
     )
+    history = read_history(output_dir / "history.jsonl") if accelerator.is_main_process else []
+    facts = {
+        "command": f"recipes/pretrain.py {shlex.join(argv)}",
+        "num_processes": accelerator.num_processes,
+        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
+        "num_rows": len(rows.pairs),
+        "step": progress.step,
+        "num_seen": progress.num_seen,
+    }
+    run_report.export(facts, asdict(recipe) | identity, rows.caption_report)  # by all: weights may be sharded
     if accelerator.is_main_process:
-        history = read_history(output_dir / "history.jsonl")
-        seconds = sum(entry["step_seconds"] for entry in history) * recipe.logging_steps
-        facts = {
-            "command": f"recipes/pretrain.py {shlex.join(argv)}",
-            "num_processes": accelerator.num_processes,
-            "minutes": round(seconds / 60, 1),
-            "num_rows": len(rows.pairs),
-            "step": progress.step,
-            "num_seen": progress.num_seen,
-        }
-        run_report.export(facts, asdict(recipe) | identity, rows.caption_report)
         print(f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes.")
         if recipe.push_to_hub is not None:
             print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")

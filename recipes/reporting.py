@@ -1,14 +1,19 @@
 """What the training recipes show: sample grids, losses on held-out rows, and the finished model with its card."""
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from hf_mm.data.formats import iterate_captions
 from hf_mm.hub import export_folder
@@ -28,8 +33,30 @@ def first_captions(rows: Dataset, num_rows: int) -> list[str]:
     return list(itertools.islice(filter(None, captions), num_rows))
 
 
+def gather_model(model: torch.nn.Module) -> torch.nn.Module | None:
+    """Makes a plain model of sharded weights. To be called by all processes, each of which gives its shards.
+
+    Args:
+        model (`PreTrainedModel`): With `DTensor` parameters, as `fully_shard` leaves them.
+
+    Returns:
+        `PreTrainedModel` or `None`: On the main process a copy in the CPU's memory, on the others nothing.
+    """
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not weights:  # only the main process is given any
+        return None
+    model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(model.config)]  # sharding has changed that of the model itself
+    config = copy.deepcopy(model.config)  # loading writes to it
+    plain = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=model.dtype)
+    plain.generation_config = model.generation_config
+    return plain
+
+
 class RunReport:
     """Shows how far a run has come, always with the averaged weights.
+
+    Every action is to be called by all processes. The main one draws; where the weights are sharded the others give it
+    their shards, and it draws from a plain copy, for which its device needs room. Elsewhere nothing is copied.
 
     Args:
         accelerator (`Accelerator`): Of the run.
@@ -49,11 +76,23 @@ class RunReport:
         """Puts the averaged weights in place for a `with` block."""
         return ema_weights(self.parts.ema, trainable_parameters(self.parts.model))
 
-    def _pipeline(self) -> Any:
-        """Builds the drawing pipeline around the model as it stands."""
-        pipeline = build_drawing_pipeline(self.accelerator.unwrap_model(self.parts.model).eval(), self.processor)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+    @contextmanager
+    def _pipeline(self) -> Iterator[Any]:
+        """Gives the main process the drawing pipeline of the model as it stands, and the others None."""
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parts.model.parameters())
+        if not is_sharded and not self.accelerator.is_main_process:
+            yield None
+            return
+        with self._averaged():
+            model = self.accelerator.unwrap_model(self.parts.model)
+            if is_sharded:
+                model = gather_model(model)
+            if model is None:
+                yield None
+                return
+            pipeline = build_drawing_pipeline(model.to(self.accelerator.device).eval(), self.processor)
+            pipeline.set_progress_bar_config(disable=True)
+            yield pipeline
 
     def _save_grid(self, pipeline: Any, path: Path) -> None:
         """Draws the prompts from fixed noise."""
@@ -62,11 +101,11 @@ class RunReport:
 
     def draw(self, step: int) -> None:
         """Saves a grid of samples."""
-        if self.accelerator.is_main_process:
-            path = self.output_dir / "samples" / f"step-{step:06d}.png"
-            with self._averaged():
-                self._save_grid(self._pipeline(), path)
-            print(f"\nStep {step}: samples in {path}.")
+        path = self.output_dir / "samples" / f"step-{step:06d}.png"
+        with self._pipeline() as pipeline:
+            if pipeline is not None:
+                self._save_grid(pipeline, path)
+        self.accelerator.print(f"\nStep {step}: samples in {path}.")
 
     def evaluation(
         self, batches: Callable[[], Iterator[dict[str, torch.Tensor]]], count_targets: Callable[..., Any]
@@ -85,8 +124,9 @@ class RunReport:
 
     def export(self, facts: dict[str, Any], recipe: dict[str, Any], caption_report: str) -> None:
         """Writes the finished model, a last grid and the card into the output folder."""
-        with self._averaged():
-            pipeline = self._pipeline()
+        with self._pipeline() as pipeline:
+            if pipeline is None:
+                return
             self._save_grid(pipeline, self.output_dir / "samples.png")
             export_folder(
                 pipeline,

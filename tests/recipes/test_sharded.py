@@ -1,0 +1,69 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForMultimodalLM
+
+import hf_mm  # noqa: F401
+from hf_mm.training.checkpoint import list_checkpoints
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run_sharded(make_words, child_environment):
+    """Trains in two processes with the sharding of `recipes/accelerate/fsdp2.yaml`."""
+    sharding = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in sharding.items()}  # as `accelerate launch` passes it
+
+    def train(folder: str, **fields: object) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [sys.executable, *launcher, str(Path(__file__).with_name("sharded_run.py"))]
+        done = subprocess.run(
+            command + make_words(folder, **fields),
+            env={**child_environment, "ACCELERATE_USE_FSDP": "true", **environment},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    return train
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_draw_and_export_like_whole_ones(run, run_sharded, entries, tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "sample_steps": 2, "eval_steps": 2, "ema_decay": 0.9,
+                "eval_dataset_split": "validation", "num_eval_documents": 5}  # fmt: skip
+    whole = run("whole", per_device_train_batch_size=8, **settings)
+    sharded = tmp_path / "sharded"
+    run_sharded("sharded", **settings)
+
+    assert (list_checkpoints(sharded)[-1] / "ema_1.safetensors").exists()  # the weights were sharded
+    for name in ("samples.png", "samples/step-000002.png"):
+        with Image.open(sharded / name) as picture, Image.open(whole / name) as expected:
+            assert picture.size == expected.size
+    first, second = (AutoModelForMultimodalLM.from_pretrained(folder) for folder in (whole, sharded))
+    for (name, expected), weight in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-3, msg=name)
+    names = ("loss", "text_loss", "image_loss", "grad_norm")
+    losses = [[line[step][name] for step in (1, 2) for name in names] for line in map(entries, (whole, sharded))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (whole, sharded)]
+    assert configs[1]["text_config"].pop("dtype") == configs[1]["dtype"]  # written by loading
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_where_it_stopped(run_sharded, entries, tmp_path):
+    settings = {"max_steps": 4, "save_steps": 2, "ema_decay": 0.9}
+    run_sharded("sharded", **settings)
+    whole = entries(tmp_path / "sharded")
+    for folder in list_checkpoints(tmp_path / "sharded")[1:]:
+        folder.rename(folder.with_name("later"))
+    run_sharded("sharded", **settings)
+    assert entries(tmp_path / "sharded") == whole
