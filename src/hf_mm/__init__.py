@@ -3,6 +3,7 @@
 Importing the package makes its families known to transformers and diffusers, so that `AutoModel`, `AutoProcessor`,
 `DiffusionPipeline` and `pipeline("text-to-image")` find them.
 
+- `hf_mm.cm3leon`: CM3Leon (arXiv 2309.02591), next-token loss on text and image codes, trained by filling in.
 - `hf_mm.transfusion`: Transfusion (arXiv 2408.11039), diffusion on image patches and next-token loss on text.
 - `hf_mm.text_to_image`: the transformers pipeline for the task "text-to-image".
 - `hf_mm.data`: rows in, tensors out: formats, captions, embedded scenes, encoding, packing, collation.
@@ -21,6 +22,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -30,6 +34,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
 from . import transfusion
+from .cm3leon import (
+    CM3LeonConfig,
+    CM3LeonForConditionalGeneration,
+    CM3LeonImageProcessor,
+    CM3LeonModel,
+    CM3LeonProcessor,
+)
 from .text_to_image import DEFAULT_CHECKPOINT, TextToImagePipeline
 from .transfusion import (
     TransfusionConfig,
@@ -58,23 +69,45 @@ def _register_pipeline(name: str, pipeline_class: type[diffusers.DiffusionPipeli
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING[name] = pipeline_class
 
 
+def _register_cm3leon() -> None:
+    """Makes CM3Leon known to transformers' Auto classes."""
+    _register_family(
+        CM3LeonConfig, CM3LeonModel, CM3LeonForConditionalGeneration, CM3LeonImageProcessor, CM3LeonProcessor
+    )
+
+
 def _register_transfusion() -> None:
     """Makes Transfusion known to transformers' Auto classes and to diffusers."""
-    AutoConfig.register("transfusion", TransfusionConfig, exist_ok=True)
-    AutoModel.register(TransfusionConfig, TransfusionModel, exist_ok=True)
-    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        auto_class.register(TransfusionConfig, TransfusionForConditionalGeneration, exist_ok=True)
-    AutoImageProcessor.register(
-        TransfusionConfig, image_processor_classes={"pil": TransfusionImageProcessor}, exist_ok=True
+    _register_family(
+        TransfusionConfig,
+        TransfusionModel,
+        TransfusionForConditionalGeneration,
+        TransfusionImageProcessor,
+        TransfusionProcessor,
     )
-    AutoProcessor.register(TransfusionConfig, TransfusionProcessor, exist_ok=True)
-    # Pipelines of transformers check a model's class name against these tables.
-    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-        names["transfusion"] = "TransfusionForConditionalGeneration"
     # diffusers looks a pipeline and its components up by the name of their folder.
     diffusers.TransfusionPipeline = TransfusionPipeline
     diffusers.pipelines.transfusion = transfusion
     _register_pipeline("transfusion", TransfusionPipeline)
+
+
+def _register_family(
+    config: type[PreTrainedConfig],
+    model: type[PreTrainedModel],
+    model_with_head: type[PreTrainedModel],
+    image_processor: type,
+    processor: type[ProcessorMixin],
+) -> None:
+    """Makes a family known to transformers' Auto classes and pipelines."""
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(config, model_with_head, exist_ok=True)
+    AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor}, exist_ok=True)
+    AutoProcessor.register(config, processor, exist_ok=True)
+    # Pipelines of transformers check a model's class name against these tables.
+    for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+        names[config.model_type] = model_with_head.__name__
 
 
 def _register_text_to_image() -> None:
@@ -88,10 +121,16 @@ def _register_text_to_image() -> None:
     )
 
 
+_register_cm3leon()
 _register_transfusion()
 _register_text_to_image()
 
 __all__ = [
+    "CM3LeonConfig",
+    "CM3LeonForConditionalGeneration",
+    "CM3LeonImageProcessor",
+    "CM3LeonModel",
+    "CM3LeonProcessor",
     "DEFAULT_CHECKPOINT",
     "TextToImagePipeline",
     "TransfusionConfig",

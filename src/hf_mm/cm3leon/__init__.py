@@ -1,0 +1,16 @@
+"""CM3Leon: one causal transformer over text and image codes, trained by filling in (arXiv 2309.02591)."""
+
+from .configuration_cm3leon import CM3LeonConfig
+from .image_processing_cm3leon import CM3LeonImageProcessor
+from .modeling_cm3leon import CM3LeonForConditionalGeneration, CM3LeonModel
+from .processing_cm3leon import CM3LeonProcessor, extend_tokenizer
+
+
+__all__ = [
+    "CM3LeonConfig",
+    "CM3LeonForConditionalGeneration",
+    "CM3LeonImageProcessor",
+    "CM3LeonModel",
+    "CM3LeonProcessor",
+    "extend_tokenizer",
+]

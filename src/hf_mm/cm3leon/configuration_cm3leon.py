@@ -1,0 +1,257 @@
+"""Configuration of CM3Leon: the sizes of the decoder, the layout of its one vocabulary, the frozen image tokenizer.
+
+Knows sizes, names and ids only; nothing here touches a tensor.
+"""
+
+from typing import Any
+
+from diffusers import VQModel
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+# (layers, hidden size, heads). Source: CM3Leon, table 3; the heads are those of the training code's standard sizes.
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "350M": (24, 1024, 16),
+    "760M": (24, 1536, 16),
+    "7B": (32, 4096, 32),
+}
+
+# Spelling of the tokens that stand for codes and for masked spans, in the tokenizer; {} is the number from 0.
+CODE_TOKEN = "<code:{}>"
+SENTINEL_TOKEN = "<sentinel:{}>"
+
+# Pixels per code where the configuration names no image tokenizer. Source: CM3Leon, section 2.1: 256 px, 1024 codes.
+PAPER_VQ_STRIDE = 8
+
+
+@strict
+class CM3LeonConfig(PreTrainedConfig):
+    r"""Describes a CM3Leon model: one causal transformer over one vocabulary of text, image codes and specials.
+
+    The image codes and the sentinels are ranges of ids; every other id is a field of its own. Default ids: 47613 text
+    tokens, 8192 codes, `<break>`, `<eoss>`, `<image>`, 512 sentinels, which together are the paper's 56320.
+
+    Args:
+        vocab_size (`int`, defaults to 56320): Entries of the whole vocabulary.
+        image_vocab_size (`int`, defaults to 8192): Entries of the codebook.
+        first_image_token_id (`int`, defaults to 47613): Id of code 0; code `c` has id `first_image_token_id + c`.
+        break_token_id (`int`, defaults to 55805): Stands between two parts of a document.
+        eoss_token_id (`int`, defaults to 55806): Ends a span that was filled in.
+        image_token_id (`int`, defaults to 55807):
+            Placeholder for one code of a picture given as `pixel_values`; never predicted.
+        num_sentinel_tokens (`int`, defaults to 512): Number of sentinels, so of masked spans in a document.
+        first_sentinel_token_id (`int`, defaults to 55808): Id of sentinel 0.
+        pad_token_id (`int`, defaults to 1): Padding.
+        eos_token_id (`int`, defaults to 2): Document delimiter, the first and the last token of every document.
+        hidden_size (`int`, defaults to 1024): Width of the decoder.
+        intermediate_size (`int`, *optional*): Width of the feed-forward layers. Defaults to `4 * hidden_size`.
+        num_hidden_layers (`int`, defaults to 24): Layers.
+        num_attention_heads (`int`, defaults to 16): Attention heads.
+        max_position_embeddings (`int`, defaults to 4096): Longest document.
+        hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
+        layer_norm_eps (`float`, defaults to 1e-5): Added to the variance by the layer norms, which have no weights.
+        initializer_range (`float`, defaults to 0.006):
+            Standard deviation of the weights, a normal cut at three of them.
+        position_initializer_range (`float`, defaults to 0.0002): The same for the position table.
+        use_cache (`bool`, defaults to `True`): Whether keys and values are returned when no labels are given.
+        tie_word_embeddings (`bool`, defaults to `True`): Whether the input embedding is also the output layer.
+        vq_config (`dict`, *optional*):
+            Configuration of the frozen diffusers `VQModel`. `None`: the model reads and writes codes only.
+        image_size (`int`, defaults to 256): Height and width, in pixels, of every picture.
+        image_guidance_scale (`float`, defaults to 3.0): Guidance of a drawing when none is asked for; 1 is off.
+
+    Raises:
+        ValueError: If a field is out of its range or the fields do not fit each other.
+
+    Source: CM3Leon (arXiv 2309.02591), section 2 and table 3. Differs: the paper prints neither how its 56320 entries
+    are divided nor its guidance scale; ours are the defaults above.
+
+    Example:
+        >>> config = CM3LeonConfig.from_preset("760M")
+        >>> config.hidden_size, config.intermediate_size, config.tokens_per_image
+        (1536, 6144, 1024)
+
+    """
+
+    model_type = "cm3leon"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 56320
+    image_vocab_size: int = 8192
+    first_image_token_id: int = 47613
+    break_token_id: int = 55805
+    eoss_token_id: int = 55806
+    image_token_id: int = 55807
+    num_sentinel_tokens: int = 512
+    first_sentinel_token_id: int = 55808
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 2
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 4096
+    hidden_act: str = "relu"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.006
+    position_initializer_range: float = 0.0002
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    vq_config: dict | None = None
+    image_size: int = 256
+    image_guidance_scale: float | int = 3.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuses fields that do not fit each other; part of the `@strict` validation."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size`={self.hidden_size} must be a multiple of "
+                f"`num_attention_heads`={self.num_attention_heads}."
+            )
+        if self.image_size % self.vq_stride or self.image_size < self.vq_stride:
+            raise ValueError(f"`image_size`={self.image_size} must be a multiple of {self.vq_stride} pixels.")
+        if (shortest := self.tokens_per_image + 3) > self.max_position_embeddings:
+            raise ValueError(
+                f"`max_position_embeddings`={self.max_position_embeddings} is too few for a picture of "
+                f"{self.image_size} pixels, {self.tokens_per_image} codes and 3 delimiters. Raise it to at least "
+                f"{shortest}, or lower `image_size`."
+            )
+        if self.image_guidance_scale < 1:
+            raise ValueError(f"`image_guidance_scale`={self.image_guidance_scale} is below 1. Use 1 for no guidance.")
+        if self.vq_config is not None and self.vq_config["num_vq_embeddings"] != self.image_vocab_size:
+            raise ValueError(
+                f"`image_vocab_size`={self.image_vocab_size} is not the size of the image tokenizer's codebook, "
+                f"{self.vq_config['num_vq_embeddings']}. Set `image_vocab_size` to it, and extend the text tokenizer "
+                "by as many codes."
+            )
+        self._validate_vocabulary()
+
+    def _validate_vocabulary(self) -> None:
+        """Refuses ids beyond the vocabulary or inside a range that is not theirs."""
+        ranges = {
+            "image_vocab_size": range(self.first_image_token_id, self.first_image_token_id + self.image_vocab_size),
+            "num_sentinel_tokens": range(
+                self.first_sentinel_token_id, self.first_sentinel_token_id + self.num_sentinel_tokens
+            ),
+        }
+        for name, ids in ranges.items():
+            if not ids or ids[0] < 0 or ids[-1] >= self.vocab_size:
+                raise ValueError(
+                    f"`{name}`={len(ids)} ids from {ids.start} do not lie within the vocabulary of {self.vocab_size}."
+                )
+        codes, sentinels = ranges.values()
+        if codes.start < sentinels.stop and sentinels.start < codes.stop:
+            raise ValueError(
+                f"`first_sentinel_token_id`={sentinels.start}: the sentinels up to {sentinels.stop - 1} overlap the "
+                f"image codes, {codes.start} to {codes.stop - 1}."
+            )
+        for name in ("break_token_id", "eoss_token_id", "image_token_id", "eos_token_id", "pad_token_id"):
+            value = self.__dict__[name]
+            if not isinstance(value, int) or not 0 <= value < self.vocab_size or value in codes or value in sentinels:
+                raise ValueError(
+                    f"`{name}`={value} must be one id within the vocabulary of {self.vocab_size}, and none of an "
+                    "image code or a sentinel."
+                )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Builds the configuration that was saved; refuses another family's, which would fill up with defaults."""
+        if (family := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"`model_type`={family!r} is not {cls.model_type!r}: this checkpoint is of another family.")
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def vq_stride(self) -> int:
+        """Pixels per code, along each side; the paper's 8 where there is no image tokenizer."""
+        return PAPER_VQ_STRIDE if self.vq_config is None else 2 ** (len(self.vq_config["block_out_channels"]) - 1)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Codes of a picture."""
+        return (self.image_size // self.vq_stride) ** 2
+
+    @property
+    def image_token_ids(self) -> range:
+        """Ids of the image codes, in their order."""
+        return range(self.first_image_token_id, self.first_image_token_id + self.image_vocab_size)
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes the vocabulary size and all ids from a tokenizer with codes, sentinels and specials.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): From `extend_tokenizer`.
+
+        Raises:
+            ValueError: If the tokenizer lacks one of the tokens, or has another number of codes than the codebook.
+        """
+        names = ("break_token", "eoss_token", "image_token", "eos_token", "pad_token")
+        present = tokenizer.special_tokens_map
+        vocabulary = tokenizer.get_vocab()
+        missing = [name for name in names if not present.get(name)]
+        missing += [token for token in (CODE_TOKEN.format(0), SENTINEL_TOKEN.format(0)) if token not in vocabulary]
+        if missing:
+            raise ValueError(f"`tokenizer` lacks {missing}. Give it to `extend_tokenizer` first.")
+        self.vocab_size = len(tokenizer)
+        self.first_image_token_id, self.image_vocab_size = token_range(vocabulary, CODE_TOKEN)
+        self.first_sentinel_token_id, self.num_sentinel_tokens = token_range(vocabulary, SENTINEL_TOKEN)
+        for name in names:
+            setattr(self, f"{name}_id", tokenizer.convert_tokens_to_ids(present[name]))
+        self.validate_architecture()
+
+    def set_image_tokenizer(self, name_or_path: str) -> None:
+        """Takes the configuration of a pretrained `VQModel`, a folder or a Hub id.
+
+        Raises:
+            ValueError: If its codebook has another size than `image_vocab_size`.
+        """
+        self.vq_config = dict(VQModel.load_config(name_or_path))
+        self.validate_architecture()
+
+    @classmethod
+    def from_preset(cls, name: str, **fields: Any) -> "CM3LeonConfig":
+        """Builds one of the paper's three sizes, or changes its other fields.
+
+        Args:
+            name (`str`): `"350M"`, `"760M"` or `"7B"`.
+            fields (*optional*): Any other field of this configuration.
+
+        Returns:
+            `CM3LeonConfig`: sequence length 4096 and a vocabulary of 56320.
+
+        Raises:
+            ValueError: If there is no such preset.
+
+        Source: CM3Leon, table 3.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`name`={name!r} is not a preset. Presets: {list(PRESETS)}.")
+        layers, hidden_size, heads = PRESETS[name]
+        return cls(
+            **{"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads, **fields}
+        )
+
+
+def token_range(vocabulary: dict[str, int], spelling: str) -> tuple[int, int]:
+    """Returns the id of token 0 of a numbered kind, and how many follow it without a gap."""
+    first, count = vocabulary[spelling.format(0)], 0
+    while vocabulary.get(spelling.format(count)) == first + count:
+        count += 1
+    return first, count
+
+
+__all__ = ["CM3LeonConfig"]

@@ -1,0 +1,556 @@
+"""The CM3Leon model: a causal decoder without biases over text and image codes, and its frozen image tokenizer.
+
+Knows ids; strings and pictures are the processor's, span masking and packing the data's. Decoding is in
+`generation_cm3leon.py`.
+"""
+
+# Axes: B rows, L sequence, D hidden, V vocabulary, N pictures of all rows in reading order, K codes per picture.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvision_available
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_cm3leon import CM3LeonConfig
+from .generation_cm3leon import CM3LeonGenerationMixin
+from .layout_cm3leon import CM3LeonOutput, refuse_leaky_packing, refuse_unless, running_positions, shift_labels
+
+
+# Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
+INIT_CUTOFF = 3.0
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends by plain matrix products, for every attention weight to be seen."""
+    weights = query @ key.transpose(2, 3) * scaling  # (B, heads, L, past + L)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CM3LeonAttention(nn.Module):
+    """Causal self-attention without biases."""
+
+    def __init__(self, config: CM3LeonConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Reads `hidden_states` behind what the cache holds; returns them and, eager, the attention weights."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.flatten(2)), weights
+
+
+class CM3LeonMLP(nn.Module):
+    """Two linear layers without biases around an activation."""
+
+    def __init__(self, config: CM3LeonConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Applies the layers to each position by itself."""
+        return self.down_proj(self.activation(self.up_proj(hidden_states)))
+
+
+class CM3LeonDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a layer norm without weights."""
+
+    def __init__(self, config: CM3LeonConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.self_attn = CM3LeonAttention(config, layer_idx)
+        self.mlp_norm = build_norm(config)
+        self.mlp = CM3LeonMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Adds both parts to the residual stream, of shape `(B, L, D)`."""
+        hidden_states = hidden_states + self.self_attn(self.attention_norm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+def build_norm(config: CM3LeonConfig) -> nn.LayerNorm:
+    """Builds a layer norm with neither weight nor bias. Source: CM3Leon, section 2.3."""
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, elementwise_affine=False)
+
+
+class CM3LeonPreTrainedModel(PreTrainedModel):
+    """What every CM3Leon class shares: initialisation and what the library may do with it."""
+
+    config: CM3LeonConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CM3LeonDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CM3LeonDecoderLayer, "attentions": CM3LeonAttention}
+    # The library's any-to-any pipeline refuses image input without torchvision, which nothing here needs.
+    input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
+    output_modalities = ("text", "image")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normal weights; zeros where a layer writes to the residual stream; nearly nothing for positions.
+
+        Modules are visited before those that hold them, so what is said of the latter stands.
+
+        Source: CM3Leon, section 2.3. Differs: the paper's "output layers" set to zero are taken to be the two
+        projections of each layer that write to the residual stream; the tied output layer cannot be zero.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            self._init_truncated(module.weight, self.config.initializer_range)
+        elif isinstance(module, CM3LeonAttention):
+            init.zeros_(module.o_proj.weight)
+        elif isinstance(module, CM3LeonMLP):
+            init.zeros_(module.down_proj.weight)
+        elif isinstance(module, CM3LeonModel):
+            self._init_truncated(module.embed_positions.weight, self.config.position_initializer_range)
+        elif isinstance(module, VQModel):
+            self._init_image_tokenizer(module)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @staticmethod
+    def _init_truncated(weight: torch.Tensor, std: float) -> None:
+        """Fills `weight` from a normal distribution cut at three standard deviations."""
+        init.trunc_normal_(weight, mean=0.0, std=std, a=-INIT_CUTOFF * std, b=INIT_CUTOFF * std)
+
+    @staticmethod
+    def _init_image_tokenizer(tokenizer: VQModel) -> None:
+        """Leaves the image tokenizer as diffusers would, until trained weights are loaded."""
+        for layer in tokenizer.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                init.kaiming_uniform_(layer.weight, a=5**0.5)
+                if layer.bias is not None:
+                    init.zeros_(layer.bias)
+        codebook = tokenizer.quantize.embedding
+        init.uniform_(codebook.weight, -1 / codebook.num_embeddings, 1 / codebook.num_embeddings)
+
+
+class CM3LeonModel(CM3LeonPreTrainedModel):
+    """The decoder: ids in, hidden states out.
+
+    Args:
+        config (`CM3LeonConfig`): Sizes of all parts.
+
+    Source: CM3Leon (arXiv 2309.02591), section 2.3.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
+
+    def __init__(self, config: CM3LeonConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(CM3LeonDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
+        self.image_tokenizer = None
+        if config.vq_config is not None:
+            self.image_tokenizer = VQModel.from_config(config.vq_config).requires_grad_(False).eval()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def train(self, mode: bool = True) -> "CM3LeonModel":
+        """Switches the training mode; the image tokenizer stays frozen and in evaluation mode."""
+        super().train(mode)
+        if self.image_tokenizer is not None:
+            self.image_tokenizer.requires_grad_(False).eval()  # again, since loading leaves every weight trainable
+        return self
+
+    def require_image_tokenizer(self) -> VQModel:
+        """Returns the image tokenizer, refusing a model that has none."""
+        if self.image_tokenizer is None:
+            raise ValueError(
+                "this model has no image tokenizer (`vq_config` is None), so it reads and writes codes only. Name one "
+                "with `CM3LeonConfig.set_image_tokenizer` and load it with `load_image_tokenizer`."
+            )
+        return self.image_tokenizer
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Turns pictures into the ids of their codes, row by row from the top.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`): In [-1, 1].
+
+        Returns:
+            `torch.LongTensor` of shape `(num_images, tokens_per_image)`: ids of the vocabulary.
+
+        Raises:
+            ValueError: If there is no image tokenizer, or the pictures have another size.
+        """
+        tokenizer, side = self.require_image_tokenizer(), self.config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != (side, side):
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; the model reads pictures of {side} x {side} "
+                f"pixels, {self.config.tokens_per_image} codes each. Resize them, or change `image_size`."
+            )
+        latents = tokenizer.encode(pixel_values.to(tokenizer.dtype)).latents
+        vectors = latents.permute(0, 2, 3, 1).flatten(1, 2).float()  # (N, K, channels of a code)
+        codes = torch.cdist(vectors, tokenizer.quantize.embedding.weight.float()).argmin(-1)
+        return codes + self.config.first_image_token_id
+
+    @torch.no_grad()
+    def decode_image_tokens(self, image_ids: torch.Tensor) -> torch.Tensor:
+        """Turns ids of codes into pictures, the inverse of `encode_images` as far as the tokenizer is one.
+
+        Args:
+            image_ids (`torch.LongTensor` of shape `(num_images, tokens_per_image)`): Ids of the vocabulary.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, 3, image_size, image_size)`: in [-1, 1] but for overshoots.
+
+        Raises:
+            ValueError: If there is no image tokenizer, a picture has another number of codes, or an id is no code.
+        """
+        tokenizer = self.require_image_tokenizer()
+        if image_ids.ndim != 2 or image_ids.shape[1] != self.config.tokens_per_image:
+            raise ValueError(
+                f"`image_ids` has shape {tuple(image_ids.shape)}; a picture of {self.config.image_size} pixels has "
+                f"{self.config.tokens_per_image} codes."
+            )
+        codes = image_ids - self.config.first_image_token_id
+        refuse_unless(
+            ((codes >= 0) & (codes < self.config.image_vocab_size)).all(),
+            f"`image_ids` holds ids that are no image codes, which are {self.config.image_token_ids}.",
+        )
+        grid = self.config.image_size // self.config.vq_stride
+        vectors = tokenizer.quantize.get_codebook_entry(
+            codes.flatten(), shape=(len(codes), grid, grid, tokenizer.quantize.vq_embed_dim)
+        )
+        return tokenizer.decode(vectors, force_not_quantize=True).sample
+
+    def place_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Puts the codes of pictures where their placeholders stand.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): `config.image_token_id` for each
+                code of a picture, the pictures in reading order.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*): In [-1, 1].
+
+        Returns:
+            `torch.LongTensor` of the same shape, without placeholders.
+
+        Raises:
+            ValueError: If there are more or fewer placeholders than codes.
+        """
+        if input_ids.shape[1] == 1 and pixel_values is None:
+            return input_ids  # one more token of an answer
+        is_image = input_ids == self.config.image_token_id
+        codes = input_ids.new_empty(0) if pixel_values is None else self.encode_images(pixel_values).flatten()
+        refuse_unless(
+            is_image.sum() == len(codes),
+            f"`input_ids` holds another number of image placeholders than the {len(codes)} codes of `pixel_values`.",
+        )
+        return input_ids if pixel_values is None else input_ids.masked_scatter(is_image, codes)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""Reads text and images.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Text, codes, delimiters, and placeholders for the codes of `pixel_values`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
+                0 on padding. Leave out for packed windows, whose documents are told apart by `position_ids`.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Running positions, restarting at 0 with each packed document. Counted from the mask if left out.
+            past_key_values (`Cache`, *optional*): What was read before.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                Pictures in [-1, 1], encoded here with the frozen image tokenizer.
+            use_cache (`bool`, *optional*): Whether to return `past_key_values`.
+            kwargs: Passed on to the attention.
+
+        Returns:
+            `BaseModelOutputWithPast`
+
+        Raises:
+            ValueError: If pictures and placeholders do not match, packed documents would see each other, or a
+                document is longer than there are positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(self.place_images(input_ids, pixel_values))
+        elif pixel_values is not None:
+            raise ValueError("`pixel_values` need `input_ids`, where their placeholders stand, not `inputs_embeds`.")
+        refuse_leaky_packing(position_ids, attention_mask, past_key_values, use_cache)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        positions = position_ids
+        if positions is None:
+            positions = running_positions(attention_mask, past_length, inputs_embeds)
+        if inputs_embeds.shape[1] > 1:  # not asked for each token of an answer
+            limit = self.config.max_position_embeddings
+            refuse_unless(
+                (positions < limit).all(),
+                f"a document is longer than `max_position_embeddings`={limit}. Shorten it.",
+            )
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds + self.embed_positions(positions)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class CM3LeonForConditionalGeneration(CM3LeonGenerationMixin, CM3LeonPreTrainedModel):
+    """CM3Leon with its output layer: trains on text and images alike, writes text, draws images, fills in either.
+
+    Args:
+        config (`CM3LeonConfig`): Sizes of all parts.
+
+    Source: CM3Leon (arXiv 2309.02591), sections 2 and 3.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: CM3LeonConfig) -> None:
+        super().__init__(config)
+        self.model = CM3LeonModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def image_tokenizer(self) -> VQModel | None:
+        """The frozen image tokenizer, `None` where the model reads and writes codes only."""
+        return self.model.image_tokenizer
+
+    def load_image_tokenizer(self, name_or_path: str) -> None:
+        """Loads the weights of the frozen `VQModel` that `config.vq_config` describes.
+
+        Args:
+            name_or_path (`str`): Folder or Hub id of the tokenizer.
+
+        Raises:
+            ValueError: If its codebook is of another size than the configuration's, or there is none in it.
+        """
+        tokenizer = VQModel.from_pretrained(name_or_path, use_safetensors=True)
+        if tokenizer.config.num_vq_embeddings != self.config.image_vocab_size:
+            raise ValueError(
+                f"`name_or_path`={name_or_path!r} has a codebook of {tokenizer.config.num_vq_embeddings} codes; the "
+                f"model's `image_vocab_size` is {self.config.image_vocab_size}."
+            )
+        self.model.require_image_tokenizer().load_state_dict(tokenizer.state_dict())
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Turns pictures into the ids of their codes; see [`CM3LeonModel`]."""
+        return self.model.encode_images(pixel_values)
+
+    def decode_image_tokens(self, image_ids: torch.Tensor) -> torch.Tensor:
+        """Turns ids of codes into pictures; see [`CM3LeonModel`]."""
+        return self.model.decode_image_tokens(image_ids)
+
+    def _is_code(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Marks image codes, and the placeholders that stand for them."""
+        codes = self.config.image_token_ids
+        return ((token_ids >= codes.start) & (token_ids < codes.stop)) | (token_ids == self.config.image_token_id)
+
+    def count_targets(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Counts what the losses of a batch are means over.
+
+        Summed over micro-batches and processes and given to `forward`, the counts make accumulation and data
+        parallelism equal to one big batch.
+
+        Args:
+            batch (`dict`): Keyword arguments of `forward`.
+
+        Returns:
+            `dict`: `num_items_in_batch`, all targets, and `num_image_items_in_batch`, those that are image codes.
+        """
+        targets = shift_labels(batch["labels"], batch.get("position_ids"))
+        return {
+            "num_items_in_batch": (targets != -100).sum(),
+            "num_image_items_in_batch": self._is_code(targets).sum(),
+        }
+
+    def _losses(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+        num_image_items: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cross-entropy of all targets, of those that are text and of those that are codes, each a mean.
+
+        Only the positions that have a target are scored.
+        """
+        flat, wanted = hidden.flatten(0, 1), targets.flatten()
+        if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position instead
+            index = (wanted != -100).nonzero().flatten()
+            flat, wanted = flat[index], wanted[index]
+        losses = F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=-100, reduction="none")
+        is_code = self._is_code(wanted)
+        if num_items is None:
+            num_items = (wanted != -100).sum()
+        if num_image_items is None:
+            num_image_items = is_code.sum()
+        counts = [torch.as_tensor(count, device=losses.device) for count in (num_items, num_image_items)]
+        total, image_total = losses.sum(), losses.masked_fill(~is_code, 0.0).sum()
+        return (
+            total / counts[0].clamp(min=1),
+            (total - image_total).detach() / (counts[0] - counts[1]).clamp(min=1),
+            image_total.detach() / counts[1].clamp(min=1),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_image_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CM3LeonOutput:
+        r"""Reads text and images; with `labels`, returns the loss of what comes next.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                See [`CM3LeonModel`].
+            attention_mask (`torch.Tensor`, *optional*): See [`CM3LeonModel`].
+            position_ids (`torch.LongTensor`, *optional*): See [`CM3LeonModel`].
+            past_key_values (`Cache`, *optional*): See [`CM3LeonModel`].
+            inputs_embeds (`torch.FloatTensor`, *optional*): See [`CM3LeonModel`].
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*): In [-1, 1].
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                `input_ids` with -100 where there is nothing to predict; shifted here. Placeholders stand for the
+                codes that `pixel_values` put in their place.
+            use_cache (`bool`, *optional*): Defaults to `False` with labels, else to the configuration's.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Number of last positions to score, 0 for all.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*): See `count_targets`; defaults to this batch's.
+            num_image_items_in_batch (`int` or `torch.Tensor`, *optional*): Likewise.
+            kwargs: Passed on to the attention.
+
+        Returns:
+            [`CM3LeonOutput`]
+
+        Raises:
+            ValueError: If pictures and placeholders do not match, packed documents would see each other, or a
+                document is longer than there are positions.
+
+        Source: CM3Leon, section 2.3: every token has weight 1.
+        """
+        if use_cache is None:
+            use_cache = labels is None and self.config.use_cache
+        if pixel_values is not None and input_ids is not None:
+            input_ids, pixel_values = self.model.place_images(input_ids, pixel_values), None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = text_loss = image_loss = logits = None
+        if labels is None or not self.training:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if labels is not None:
+            if input_ids is not None:
+                labels = torch.where(labels == self.config.image_token_id, input_ids, labels)
+            targets = shift_labels(labels, position_ids)
+            loss, text_loss, image_loss = self._losses(
+                hidden, targets, num_items_in_batch, num_image_items_in_batch
+            )
+        return CM3LeonOutput(
+            loss=loss,
+            text_loss=text_loss,
+            image_loss=image_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["CM3LeonForConditionalGeneration", "CM3LeonModel", "CM3LeonPreTrainedModel"]
