@@ -555,3 +555,28 @@ def test_interleaving_reads_the_prompts_images(make_model, lay_out, boi):
 def test_interleaving_has_one_answer_per_prompt(make_model, option):
     with pytest.raises(ValueError, match=next(iter(option))):
         make_model().generate_interleaved(torch.tensor([[BOS, 11]]), **option)
+
+
+def test_interleaving_ends_texts_at_the_tokens_asked_for(make_model, boi):
+    model = make_model()
+    plan = LogitsProcessorList([Plan({11: {2: 17, 4: EOS}})])
+    arguments = {"draw_kwargs": DRAWING, "max_new_tokens": 7, "do_sample": False, "logits_processor": plan}
+    for ends, length in ((17, 2), ([17], 2), (torch.tensor([17, EOS]), 2), (EOS, 4), (None, 4)):
+        [[text]] = model.generate_interleaved(torch.tensor([[BOS, 11]]), eos_token_id=ends, **arguments)
+        assert len(text) == length
+
+
+def test_interleaved_answers_stay_within_the_context(make_model, boi):
+    limit = len([BOS, 11, boi]) + PATCHES + len(["<eoi>"]) + 5
+    model = make_model(text_config={"max_position_embeddings": limit})
+
+    def answer(prompt, places):
+        plan = LogitsProcessorList([Plan({11: places})])
+        return model.generate_interleaved(
+            torch.tensor([prompt]), max_new_tokens=50, do_sample=False, draw_kwargs=DRAWING, logits_processor=plan
+        )[0]
+
+    assert [len(part) for part in answer([BOS, 11], {0: boi}) if part.ndim == 1] == [0, 5]
+    assert [part.ndim for part in answer([BOS, 11], {0: boi, 2: boi})] == [1, 3, 1]  # the second has no room
+    with pytest.raises(ValueError, match=f"takes {limit} positions and leaves no room.*max_position_embeddings"):
+        answer([BOS] + [11] * (limit - 1), {})

@@ -183,6 +183,19 @@ def test_captions_describe_each_picture(make_pipeline, picture):
     assert len(pipe.caption(picture(0), prompt="a red", num_beams=2, num_return_sequences=2, max_new_tokens=3)) == 2
 
 
+def test_captions_end_with_the_context(make_pipeline, picture):
+    pipe = make_pipeline(text_config={"max_position_embeddings": 24})
+    lengths = []
+
+    def note_length(input_ids, scores):
+        lengths.append(input_ids.shape[1] + 1)
+        scores[:, pipe.model.config.text_config.eos_token_id] = -torch.inf
+        return scores
+
+    pipe.caption([picture(0), picture(1)], max_new_tokens=1000, logits_processor=LogitsProcessorList([note_length]))
+    assert max(lengths) == 24
+
+
 class OpenEveryOther(LogitsProcessor):
     """Opens an image behind every letter that was written."""
 

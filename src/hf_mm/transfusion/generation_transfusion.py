@@ -151,6 +151,33 @@ class TransfusionGenerationMixin(GenerationMixin):
         asked = generate_kwargs.get("suppress_tokens") or generation_config.suppress_tokens or []
         return sorted({*asked, *token_ids, self.config.eoi_token_id, self.config.image_token_id})
 
+    def _take_end_tokens(self, generate_kwargs: dict[str, Any]) -> list[int]:
+        """Takes the ids that end a text out of the arguments of `generate`; else those that the model goes by."""
+        generation_config = generate_kwargs.get("generation_config") or self.generation_config
+        asked = generate_kwargs.pop("eos_token_id", None)
+        asked = generation_config.eos_token_id if asked is None else asked
+        return [] if asked is None else torch.as_tensor(asked).reshape(-1).tolist()
+
+    def num_free_positions(self, attention_mask: torch.Tensor) -> int:
+        """Counts the positions that the longest row leaves of the model's context.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 on padding.
+
+        Returns:
+            `int`: 1 or more.
+
+        Raises:
+            ValueError: If none is left.
+        """
+        limit, length = self.config.text_config.max_position_embeddings, int(attention_mask.sum(-1).max())
+        if length >= limit:
+            raise ValueError(
+                f"The prompt takes {length} positions and leaves no room for an answer; the model has "
+                f"`max_position_embeddings`={limit}. Shorten it."
+            )
+        return limit - length
+
     def default_scheduler(self) -> SchedulerMixin:
         """Builds the scheduler that fits what this model predicts."""
         return build_scheduler(self.config)
@@ -425,7 +452,8 @@ class TransfusionGenerationMixin(GenerationMixin):
             pixel_values (`torch.FloatTensor`, *optional*): Images of the prompts, as for `forward`.
             image_sizes (`torch.LongTensor`, *optional*): Their sizes in latent pixels.
             max_images (`int`, defaults to 4): A row ends when it opens one more.
-            max_new_tokens (`int`, defaults to 256): Text tokens between two images at most.
+            max_new_tokens (`int`, defaults to 256): Text tokens between two images at most. Fewer where the longest
+                row reaches `max_position_embeddings`; a row also ends where it opens an image that does not fit.
             draw_kwargs (`dict`, *optional*): Arguments of `denoise`.
             generate_kwargs: Those of the library's `generate`, as for sampling.
 
@@ -434,7 +462,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             `(channels, height, width)` of an image.
 
         Raises:
-            ValueError: If more than one sequence per prompt is asked for.
+            ValueError: If more than one sequence per prompt is asked for, or a prompt leaves no room for an answer.
 
         Source: Transfusion, section 3 (inference).
         """
@@ -445,9 +473,11 @@ class TransfusionGenerationMixin(GenerationMixin):
                 )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        draw_kwargs = draw_kwargs or {}
+        shape = self._latent_shape(1, draw_kwargs.get("height"), draw_kwargs.get("width"))
+        num_patches = shape[2] * shape[3] // self.config.patch_size**2
         boi, eoi = self.config.boi_token_id, self.config.eoi_token_id
-        eos = self.generation_config.eos_token_id
-        stops = [*(eos if isinstance(eos, list) else [eos]), boi]
+        stops = [*self._take_end_tokens(generate_kwargs), boi]
         parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
         rows = torch.arange(len(input_ids), device=input_ids.device)
         suppressed = self._suppressed(generate_kwargs)
@@ -462,7 +492,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 past_key_values=cache,
                 eos_token_id=stops,
                 suppress_tokens=suppressed,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, self.num_free_positions(attention_mask)),
                 return_dict_in_generate=True,
                 **images,
                 **generate_kwargs,
@@ -475,16 +505,16 @@ class TransfusionGenerationMixin(GenerationMixin):
             for row, text, keep in zip(rows.tolist(), written, kept & ~is_stop, strict=True):
                 parts[row].append(text[keep])
             attention_mask = torch.cat([attention_mask, kept.to(attention_mask.dtype)], -1)
-            opens = ((written == boi) & kept).any(-1)
+            has_room = attention_mask.sum(-1) + num_patches + 1 < self.config.text_config.max_position_embeddings
+            opens = ((written == boi) & kept).any(-1) & has_room
             if num_drawn == max_images or not bool(opens.any()):
                 break
             rows, input_ids, attention_mask = rows[opens], input_ids[opens], attention_mask[opens]
             cache.batch_select_indices(opens.nonzero().flatten())
             self._read_last(input_ids, attention_mask, cache)
-            latents = self.denoise(cache, attention_mask, **(draw_kwargs or {}))
+            latents = self.denoise(cache, attention_mask, **draw_kwargs)
             for row, image in zip(rows.tolist(), latents, strict=True):
                 parts[row].append(image)
-            num_patches = latents.shape[2] * latents.shape[3] // self.config.patch_size**2
             self._write_image(latents, cache, attention_mask, num_patches)
             placeholders = input_ids.new_full((len(rows), num_patches + 1), self.config.image_token_id)
             placeholders[:, -1] = eoi

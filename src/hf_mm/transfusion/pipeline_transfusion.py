@@ -203,7 +203,7 @@ class TransfusionPipeline(DiffusionPipeline):
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read, clean.
             prompt (`str`, defaults to `""`): How the text begins, or a question.
-            max_new_tokens (`int`, defaults to 64): Tokens to write at most.
+            max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
             generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
 
         Returns:
@@ -211,6 +211,7 @@ class TransfusionPipeline(DiffusionPipeline):
         """
         images = image if isinstance(image, list) else [image]
         inputs = self._encode([self.processor.image_token + prompt] * len(images), images, 0)
+        max_new_tokens = min(max_new_tokens, self.model.num_free_positions(inputs["attention_mask"]))
         sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
         written = sequences[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)]
@@ -235,7 +236,8 @@ class TransfusionPipeline(DiffusionPipeline):
             prompt (`str` or `list[str]`): How the documents begin; `<image>` stands for an entry of `image`.
             image (`list[PIL.Image.Image]`, *optional*): Pictures of the prompts, in order.
             max_images (`int`, defaults to 4): Pictures per document at most.
-            max_new_tokens (`int`, defaults to 256): Text tokens between two pictures at most.
+            max_new_tokens (`int`, defaults to 256): Text tokens between two pictures at most, as far as the context
+                has room; a document also ends where a picture does not fit any more.
             height (`int`, *optional*): As in drawing, likewise the next four.
             width (`int`, *optional*): Likewise.
             num_inference_steps (`int`, *optional*): Likewise.
