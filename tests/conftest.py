@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CM3LeonProcessor, extend_tokenizer
 from hf_mm.data.text_tokenizer import train_text_tokenizer
 from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration, TransfusionProcessor
 
@@ -30,6 +31,19 @@ TINY_VAE = {
     "scaling_factor": 0.7,
     "shift_factor": 0.3,
     "sample_size": 16,
+}
+
+NUM_CODES, NUM_SENTINELS = 23, 7
+
+TINY_VQ = {
+    "block_out_channels": [4, 6],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "latent_channels": 3,
+    "num_vq_embeddings": NUM_CODES,
+    "sample_size": 8,
 }
 
 
@@ -104,6 +118,70 @@ def make_model(make_config):
 def make_processor(tokenizer):
     def make(config):
         return TransfusionProcessor.from_config(config, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_vq():
+    return dict(TINY_VQ)
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(tokenizer):
+    """The text tokenizer with codes, sentinels and the delimiters of CM3Leon."""
+    return extend_tokenizer(tokenizer, NUM_CODES, NUM_SENTINELS)
+
+
+@pytest.fixture(scope="session")
+def make_cm3leon_config(code_tokenizer):
+    """Configurations of a CM3Leon of a few thousand parameters and 4 x 4 codes per picture, changed by keyword."""
+
+    def make(**fields):
+        fields = {
+            "hidden_size": 20,
+            "intermediate_size": 28,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": SPREAD,
+            "position_initializer_range": SPREAD,
+            "image_size": 8,
+            "image_vocab_size": NUM_CODES,
+            "num_sentinel_tokens": NUM_SENTINELS,
+            "vq_config": dict(TINY_VQ),
+            **fields,
+        }
+        config = CM3LeonConfig(**fields)
+        config.set_tokenizer(code_tokenizer)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_cm3leon(make_cm3leon_config):
+    """Seeded CM3Leon models in evaluation mode, changed by keyword, whose every layer is heard."""
+
+    def make(**fields):
+        torch.manual_seed(7)
+        attention = fields.pop("attn_implementation", "sdpa")
+        config = make_cm3leon_config(**fields)
+        model = CM3LeonForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+        for layer in model.model.layers:  # zero at the beginning, when layers have no effect yet
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                torch.nn.init.normal_(weight, std=SPREAD)
+        if model.image_tokenizer is not None:  # far apart, so that pictures have many different codes
+            torch.nn.init.normal_(model.image_tokenizer.quantize.embedding.weight)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_cm3leon_processor(code_tokenizer):
+    def make(config):
+        return CM3LeonProcessor.from_config(config, code_tokenizer)
 
     return make
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -389,6 +389,10 @@ class CM3LeonForConditionalGeneration(CM3LeonGenerationMixin, CM3LeonPreTrainedM
         super().__init__(config)
         self.model = CM3LeonModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # An answer ends with the document, or with the span that was to be filled in.
+        self.generation_config = GenerationConfig(
+            eos_token_id=[config.eos_token_id, config.eoss_token_id], pad_token_id=config.pad_token_id
+        )
         self.post_init()
 
     @property
