@@ -1,18 +1,591 @@
-"""How CM3Leon decodes."""
+"""How CM3Leon decodes: several streams in one batch, images drawn code by code, text and images in one answer.
 
+Everything goes through the library's own `generate`, which keeps one row per sequence; only the forward sees the rows
+of all streams. The first mixin serves any decoder of transformers, the second one over text and image codes, the third
+is CM3Leon's. They know ids, not strings or pictures; what is done to the scores is in `logits_cm3leon.py`.
+"""
+
+# Axes: S streams, B rows, R rows drawn (B times images per prompt), L sequence, N codes of an image.
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers.generation import GenerationMixin
+import psutil
+import torch
+import torch.nn.functional as F
+from transformers.configuration_utils import get_head_shapes
+from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from .logits_cm3leon import (
+    CodeSampling,
+    CodesLogitsProcessor,
+    DrawTokenLogitsProcessor,
+    FoldStreamsLogitsProcessor,
+    ForbidTokensLogitsProcessor,
+    GivenTokensLogitsProcessor,
+    ImageSpan,
+    ImageSpanLogitsProcessor,
+)
 
 
-class CM3LeonGenerationMixin(GenerationMixin):
-    """`generate` for text and for images."""
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+# Copies of the scores that a step holds beside the streams' own: folded, warped, sorted, summed up.
+SCORE_COPIES = 6
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device, without what other programs hold."""
+    if device.type in ("cuda", "xpu"):
+        unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return torch.accelerator.get_memory_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
+def draw_noise(num_prompts: int, num_rows: int, length: int, generator: Generators, device: torch.device) -> Any:
+    """Draws all the noise of a drawing, so that each row's depends on its own generator alone.
+
+    Args:
+        num_prompts (`int`): Prompts.
+        num_rows (`int`): Rows drawn, a multiple of the prompts.
+        length (`int`): Tokens of each row.
+        generator (`torch.Generator` or a list of one per prompt or per row, *optional*): Source of the noise.
+        device (`torch.device`): Where to put it.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_rows, length)`: uniform in [0, 1).
+
+    Raises:
+        ValueError: If the list has another length.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return torch.rand((num_rows, length), generator=generator, device=source).to(device)
+    if len(generator) not in (num_prompts, num_rows):
+        raise ValueError(
+            f"`generator` is a list of {len(generator)}; this drawing needs one for each of {num_prompts} prompts or "
+            f"of {num_rows} pictures."
+        )
+    share = num_rows // len(generator)
+    noise = [torch.rand((share, length), generator=one, device=one.device).to(device) for one in generator]
+    return torch.cat(noise)
+
+
+def pad_left(rows: torch.Tensor, mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Widens ids and their mask to `length` columns by padding in front, whose ids are never read."""
+    extra = length - rows.shape[-1]
+    return F.pad(rows, (extra, 0)), F.pad(mask, (extra, 0))
+
+
+def close_gaps(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves what is kept of each row to its end, in order, and cuts the columns that nobody needs."""
+    order = mask.long().argsort(dim=-1, stable=True)
+    width = int(mask.sum(-1).max())
+    return input_ids.gather(-1, order)[:, -width:], mask.gather(-1, order)[:, -width:]
+
+
+class BegunImageCriteria(StoppingCriteria):
+    """Ends a row as soon as its last token is an image code."""
+
+    def __init__(self, span: ImageSpan) -> None:
+        self.span = span
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Marks the rows that have begun an image."""
+        return self.span.is_code(input_ids[:, -1])
+
+
+class DrawingProgress(StoppingCriteria):
+    """Shows a drawing as it goes on, and ends it when asked to.
+
+    Args:
+        prompt_length (`int`): Length of the prompts, padding included.
+        callback (`Callable`, *optional*): Called with the number of codes so far and their ids `(num_rows, number)`.
+        should_stop (`Callable`, *optional*): Asked after each code whether to leave the images as they stand.
+    """
+
+    def __init__(
+        self,
+        prompt_length: int,
+        callback: Callable[[int, torch.Tensor], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        self.prompt_length = prompt_length
+        self.callback = callback
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Calls back, and answers for all rows at once."""
+        image_ids = input_ids[:, self.prompt_length :]
+        if self.callback is not None:
+            self.callback(image_ids.shape[1], image_ids)
+        stop = self.should_stop is not None and self.should_stop()
+        return torch.full((len(input_ids),), stop, device=input_ids.device)
+
+
+class GuidedGenerationMixin(GenerationMixin):
+    """`generate` with guidance in one forward per token: the streams of all rows are one batch with one cache.
+
+    Goes in front of any decoder-only class of transformers: `class Guided(GuidedGenerationMixin, LlamaForCausalLM)`.
+    """
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates as the library does; with guidance, both streams in one batch instead of two forwards.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Prompts, padded on the left; also taken as `input_ids`.
+            negative_prompt_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+                Unconditional prompts, padded on the left; one row serves all. Without them `guidance_scale` is the
+                library's own, which forwards twice.
+            negative_prompt_attention_mask (`torch.LongTensor` of the same shape, *optional*): 0 on their padding.
+            kwargs: Those of the library's `generate`.
+
+        Returns:
+            What the library returns.
+
+        Raises:
+            ValueError: If guidance is asked for together with beams.
+        """
+        settings = kwargs.get("generation_config") or self.generation_config
+        scale = kwargs.get("guidance_scale", settings.guidance_scale)
+        if negative_prompt_ids is None or scale in (None, 1):
+            return super().generate(inputs, **kwargs)
+        if (num_beams := kwargs.get("num_beams", settings.num_beams) or 1) != 1:
+            raise ValueError(f"`num_beams`={num_beams} must be 1 with guidance: beams would part the streams.")
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids")
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        negative_mask = negative_prompt_attention_mask
+        negative_mask = torch.ones_like(negative_prompt_ids) if negative_mask is None else negative_mask
+        negative_ids, negative_mask = (
+            rows.expand(len(input_ids), -1)[:, None] for rows in (negative_prompt_ids, negative_mask)
+        )
+        return self._generate_streams(
+            input_ids,
+            mask,
+            negative_ids,
+            negative_mask,
+            fold=FoldStreamsLogitsProcessor((scale,)),
+            **{**kwargs, "guidance_scale": 1.0},
+        )
+
+    def _generate_streams(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        negative_input_ids: torch.Tensor,
+        negative_attention_mask: torch.Tensor,
+        **kwargs: Any,
+    ) -> Any:
+        """Generates with further streams, ids and mask of shape `(B, S - 1, L)`, taking all to one length."""
+        width = input_ids.shape[1]
+        length = max(width, negative_input_ids.shape[-1])
+        input_ids, attention_mask = pad_left(input_ids, attention_mask, length)
+        negative_input_ids, negative_attention_mask = pad_left(negative_input_ids, negative_attention_mask, length)
+        if "max_length" in kwargs:
+            kwargs["max_length"] += length - width
+        output = super().generate(
+            input_ids,
+            attention_mask=attention_mask,
+            negative_input_ids=negative_input_ids,
+            negative_attention_mask=negative_attention_mask,
+            **kwargs,
+        )
+        if isinstance(output, torch.Tensor):
+            return output[:, length - width :]
+        output.sequences = output.sequences[:, length - width :]
+        return output
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        fold: Any = None,
+        sole_processors: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        next_sequence_length: int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Drops the pictures once the cache holds them."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            inputs.pop("pixel_values", None)
-        return inputs
+        """Puts the rows of the other streams below those of the sequences; all have the same answer so far."""
+        prepare = super().prepare_inputs_for_generation
+        if negative_input_ids is None:
+            return prepare(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                next_sequence_length=next_sequence_length,
+                **kwargs,
+            )
+        num_streams = negative_input_ids.shape[1] + 1
+        num_new = input_ids.shape[1] - negative_input_ids.shape[-1]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        below = negative_attention_mask.transpose(0, 1).flatten(0, 1)  # ((S - 1) * B, L)
+        mask = torch.cat([mask, F.pad(below, (0, num_new), value=1)])
+        if next_sequence_length is not None and next_sequence_length <= num_new:
+            rows = input_ids[:, -next_sequence_length:].repeat(num_streams, 1)
+        else:
+            prompts = negative_input_ids.transpose(0, 1).flatten(0, 1)
+            answers = input_ids[:, input_ids.shape[1] - num_new :].repeat(num_streams - 1, 1)
+            rows = torch.cat([input_ids, torch.cat([prompts, answers], -1)])
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return prepare(
+            rows, attention_mask=mask, position_ids=positions, next_sequence_length=next_sequence_length, **kwargs
+        )
+
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Folds the streams before the library's processors, or takes the only ones that a drawing has."""
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        if (sole := model_kwargs.get("sole_processors")) is not None:
+            return sole
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if (fold := model_kwargs.get("fold")) is not None:
+            processors.insert(0, fold)
+        return processors
+
+
+class ImageGenerationMixin(GuidedGenerationMixin):
+    """Draws images of a fixed number of codes, and writes text with images in between.
+
+    A class that it goes in front of says where its codes are, what it takes for an unknown text, and how pictures of
+    a prompt become codes.
+    """
+
+    @property
+    def image_span(self) -> ImageSpan:
+        """Ids and length of this model's images."""
+        raise NotImplementedError
+
+    @property
+    def never_written(self) -> list[range]:
+        """Ids that stand in prompts only."""
+        raise NotImplementedError
+
+    def unconditional_prompt(self) -> list[int]:
+        """Ids behind which an image is drawn that follows no text."""
+        raise NotImplementedError
+
+    def replace_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Puts the codes of pictures where their placeholders stand."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def draw_images(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        sampling: CodeSampling | None = None,
+        generator: Generators = None,
+        callback: Callable[[int, torch.Tensor], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        span: ImageSpan | None = None,
+        given_codes: torch.Tensor | None = None,
+        cache_implementation: str | None = None,
+    ) -> torch.LongTensor:
+        """Draws images behind prompts, code by code; with guidance all streams run in one forward per code.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Prompts, padded on the left; the token that opens an image is added where it is missing.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 on padding.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*): Images to read.
+            negative_input_ids (`torch.LongTensor` of shape `(batch_size, num_streams - 1, length)`, *optional*):
+                Prompts of the other streams, padded on the left. Defaults to the unconditional one.
+            negative_attention_mask (`torch.Tensor` of the same shape, *optional*): 0 on padding.
+            num_images_per_prompt (`int`, defaults to 1): Images drawn from each prompt.
+            sampling ([`CodeSampling`], *optional*): How codes are chosen. Defaults to plain sampling.
+            generator (`torch.Generator` or a list of one per prompt or per image, *optional*): Source of the noise.
+            callback (`Callable`, *optional*): Called after each code with their number and the ids so far.
+            should_stop (`Callable`, *optional*): Asked after each code whether to leave the images as they stand.
+            span ([`ImageSpan`], *optional*): What to draw, where it is not a whole image.
+            given_codes (`torch.LongTensor` of shape `(batch_size, span.tokens_per_image)`, *optional*):
+                Codes from 0 that are known, -1 where the model chooses.
+            cache_implementation (`str`, *optional*): As for `generate`, such as `"static"`.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size * num_images_per_prompt, tokens_per_image)`: ids, those of one
+            prompt side by side; fewer columns where `should_stop` ended it.
+
+        Raises:
+            ValueError: If a number is out of range, the prompt leaves no room, or memory does not suffice.
+
+        Source: CM3Leon (arXiv 2309.02591), section 3.2.
+        """
+        span = self.image_span if span is None else span
+        sampling = CodeSampling() if sampling is None else sampling
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
+        input_ids = self.replace_images(input_ids, pixel_values)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids, mask = self._open_images(input_ids, mask, span)
+        streams = self._other_streams(sampling, len(input_ids), negative_input_ids, negative_attention_mask)
+        width = max([input_ids.shape[1], *(value.shape[-1] for value in streams.values())])
+        longest = max(int(value.sum(-1).max()) for value in (mask, streams.get("negative_attention_mask", mask)))
+        self._check_room(longest, width, len(input_ids), num_images_per_prompt, sampling, span)
+
+        num_prompts, num_rows = len(input_ids), len(input_ids) * num_images_per_prompt
+        processors = sampling.processors(num_rows, num_images_per_prompt, input_ids.device)
+        if given_codes is not None:
+            given_codes = given_codes.repeat_interleave(num_images_per_prompt, 0)
+            processors.insert(0, GivenTokensLogitsProcessor(given_codes, width))
+        if sampling.do_sample:
+            noise = draw_noise(num_prompts, num_rows, span.tokens_per_image, generator, input_ids.device)
+            processors.append(DrawTokenLogitsProcessor(noise, width))
+        input_ids, mask, *_ = (rows.repeat_interleave(num_images_per_prompt, 0) for rows in (input_ids, mask))
+        streams = {name: rows.repeat_interleave(num_images_per_prompt, 0) for name, rows in streams.items()}
+        draw = self._generate_streams if streams else super().generate
+        sequences = draw(
+            input_ids,
+            attention_mask=mask,
+            **streams,
+            sole_processors=LogitsProcessorList([CodesLogitsProcessor(span, processors)]),
+            stopping_criteria=StoppingCriteriaList(
+                [DrawingProgress(width, callback, should_stop)] if callback or should_stop else []
+            ),
+            max_new_tokens=span.tokens_per_image,
+            do_sample=False,  # the last processor leaves one code only
+            num_beams=1,
+            guidance_scale=1.0,
+            cache_implementation=cache_implementation,
+        )
+        return sequences[:, input_ids.shape[1] :]
+
+    @staticmethod
+    def _open_images(
+        input_ids: torch.Tensor, mask: torch.Tensor, span: ImageSpan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the token that opens an image, to all prompts or to none."""
+        opening = torch.tensor(span.opening_token_ids, device=input_ids.device)
+        is_open = torch.isin(input_ids[:, -1], opening)
+        if bool(is_open.all()):
+            return input_ids, mask
+        if bool(is_open.any()):
+            raise ValueError(
+                "`input_ids`: some prompts end in the image-opening token and some do not; add it to all."
+            )
+        return F.pad(input_ids, (0, 1), value=span.opening_token_ids[0]), F.pad(mask, (0, 1), value=1)
+
+    def _other_streams(
+        self,
+        sampling: CodeSampling,
+        num_prompts: int,
+        negative_input_ids: torch.Tensor | None,
+        negative_attention_mask: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Prompts of the streams beside the conditional one, as many as the scales need."""
+        if not sampling.scales:
+            return {}
+        if negative_input_ids is None:
+            prompt = torch.tensor(self.unconditional_prompt(), device=self.device)
+            negative_input_ids = prompt.expand(num_prompts, 1, -1)
+        if negative_input_ids.ndim != 3 or negative_input_ids.shape[:2] != (num_prompts, len(sampling.scales)):
+            raise ValueError(
+                f"`negative_input_ids` has shape {tuple(negative_input_ids.shape)}; this drawing needs "
+                f"({num_prompts}, {len(sampling.scales)}, length)."
+            )
+        if negative_attention_mask is None:
+            negative_attention_mask = torch.ones_like(negative_input_ids)
+        return {"negative_input_ids": negative_input_ids, "negative_attention_mask": negative_attention_mask}
+
+    def _check_room(
+        self,
+        longest: int,
+        width: int,
+        num_prompts: int,
+        num_images_per_prompt: int,
+        sampling: CodeSampling,
+        span: ImageSpan,
+    ) -> None:
+        """Refuses prompts that leave no room for the image, and more images than memory holds."""
+        config = self.config.get_text_config(decoder=True)
+        limit = config.max_position_embeddings
+        if longest + span.tokens_per_image > limit:
+            raise ValueError(
+                f"`prompt` takes {longest} positions and the image {span.tokens_per_image}; the model has {limit}. "
+                f"Shorten the prompt to {limit - span.tokens_per_image} positions."
+            )
+        if sampling.decoding != "top_p" and sampling.contrastive_k > span.image_vocab_size:
+            raise ValueError(
+                f"`contrastive_k`={sampling.contrastive_k} is beyond the vocabulary of {span.image_vocab_size} codes."
+            )
+        num_heads, head_dim = get_head_shapes(config)
+        cache = 2 * config.num_hidden_layers * num_heads * head_dim * self.dtype.itemsize
+        num_streams = len(sampling.scales) + 1
+        scores = torch.float32.itemsize * (num_streams * config.vocab_size + SCORE_COPIES * span.image_vocab_size)
+        needed = num_prompts * (num_streams * cache * (width + span.tokens_per_image) + scores)
+        free = free_memory(self.device)
+        if num_images_per_prompt * needed > free:
+            raise ValueError(
+                f"`num_candidates`={num_images_per_prompt} for each of {num_prompts} prompts need "
+                f"{num_images_per_prompt * needed / 2**30:.2f} GiB; {free / 2**30:.2f} GiB are free, so "
+                f"{free // needed} fit."
+            )
+
+    @torch.no_grad()
+    def generate_interleaved(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        pixel_values: torch.Tensor | None = None,
+        max_images: int = 4,
+        max_new_tokens: int = 256,
+        draw_kwargs: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> list[list[torch.Tensor]]:
+        """Writes text and draws an image wherever the model begins one, until every row has ended.
+
+        Rows that begin an image draw it together, with guidance of their own; text goes on behind it.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Prompts, padded on the left.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 on padding.
+            pixel_values (`torch.FloatTensor`, *optional*): Images of the prompts, as for `forward`.
+            max_images (`int`, defaults to 4): A row ends when it begins one more.
+            max_new_tokens (`int`, defaults to 256): Text tokens between two images at most.
+            draw_kwargs (`dict`, *optional*): Arguments of `draw_images`.
+            generate_kwargs: Those of the library's `generate`, for the text.
+
+        Returns:
+            `list[list[torch.Tensor]]`: for each row its parts in order, one-dimensional ids of text or the ids
+            `(1, tokens_per_image)` of an image.
+
+        Raises:
+            ValueError: If more than one sequence per prompt is asked for.
+        """
+        for name in ("num_beams", "num_return_sequences"):
+            if (value := generate_kwargs.get(name, 1)) != 1:
+                raise ValueError(
+                    f"`{name}`={value} must be 1 here: each prompt has one answer, drawn as it is written."
+                )
+        span, limit = self.image_span, self.config.get_text_config(decoder=True).max_position_embeddings
+        input_ids = self.replace_images(input_ids, pixel_values)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        given = generate_kwargs.pop("logits_processor", LogitsProcessorList())
+        processors = LogitsProcessorList(
+            [*given, ForbidTokensLogitsProcessor(self.never_written), ImageSpanLogitsProcessor(span, limit)]
+        )
+        parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        for num_drawn in range(max_images + 1):
+            input_ids, mask = close_gaps(input_ids, mask)
+            if (length := input_ids.shape[1]) >= limit:
+                break
+            sequences = super().generate(
+                input_ids,
+                attention_mask=mask,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([BegunImageCriteria(span)]),
+                max_new_tokens=min(max_new_tokens, limit - length),
+                **generate_kwargs,
+            )
+            written = sequences[:, length:]
+            begins, is_end = span.is_code(written), torch.isin(written, self._end_ids(written.device))
+            kept = (begins | is_end).cumsum(-1) == 0
+            for row, text, keep in zip(rows.tolist(), written, kept, strict=True):
+                parts[row].append(text[keep])
+            draws = begins.any(-1)
+            if num_drawn == max_images or not bool(draws.any()):
+                break
+            rows, mask = rows[draws], torch.cat([mask, kept.to(mask.dtype)], -1)[draws]
+            input_ids, mask = close_gaps(sequences[draws], mask)
+            images = self.draw_images(input_ids, mask, **(draw_kwargs or {}))
+            for row, image in zip(rows.tolist(), images, strict=True):
+                parts[row].append(image[None])
+            input_ids, mask = torch.cat([input_ids, images], -1), F.pad(mask, (0, images.shape[1]), value=1)
+        return parts
+
+    def _end_ids(self, device: torch.device) -> torch.Tensor:
+        """Ids that end a document."""
+        eos = self.generation_config.eos_token_id
+        return torch.tensor(eos if isinstance(eos, list) else [eos], device=device)
+
+
+class CM3LeonGenerationMixin(ImageGenerationMixin):
+    """`generate` for text, for images, and for both in one answer."""
+
+    @property
+    def image_span(self) -> ImageSpan:
+        """Ids and length of an image: it may follow `<break>`, and is followed by it or by the end."""
+        config = self.config
+        return ImageSpan(
+            first_image_token_id=config.first_image_token_id,
+            image_vocab_size=config.image_vocab_size,
+            tokens_per_image=config.tokens_per_image,
+            opening_token_ids=(config.break_token_id,),
+            closing_token_ids=(config.break_token_id, config.eos_token_id),
+        )
+
+    @property
+    def never_written(self) -> list[range]:
+        """The placeholder of images, padding, and what belongs to filling in."""
+        config = self.config
+        singles = config.image_token_id, config.pad_token_id, config.eoss_token_id
+        sentinels = range(config.first_sentinel_token_id, config.first_sentinel_token_id + config.num_sentinel_tokens)
+        return [sentinels, *(range(token, token + 1) for token in singles)]
+
+    def unconditional_prompt(self) -> list[int]:
+        """Ids of a document whose text is masked. Source: CM3Leon, section 3.2; spelled as its training code does."""
+        return [self.config.eos_token_id, self.config.first_sentinel_token_id, self.config.break_token_id]
+
+    def replace_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Puts the codes of pictures where their placeholders stand."""
+        return input_ids if pixel_values is None else self.model.place_images(input_ids, pixel_values)
+
+    def create_masks_for_generate(self, config: Any, attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
+        """Leaves the mask to `forward`, which tells padding from packed documents by it; used for static caches."""
+        return attention_mask
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_mode: str | None = None, **kwargs: Any) -> Any:
+        """Continues documents, or with `generation_mode="image"` draws one image per row.
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Prompts, padded on the left; also taken as `input_ids`. Placeholders of `pixel_values` are returned as
+                the codes that they stand for.
+            generation_mode (`str`, *optional*):
+                `"text"`: no codes and no sentinels, up to the end of the span or of the document. `"image"`: see
+                `draw_images`. Without one, whatever the model writes.
+            kwargs: Those of [`GuidedGenerationMixin`]'s `generate`; for images, those of `draw_images`.
+
+        Returns:
+            What the library returns; for images ids for `decode_image_tokens`.
+
+        Raises:
+            ValueError: If there is no such mode.
+        """
+        input_ids = kwargs.pop("input_ids", inputs)
+        if generation_mode == "image":
+            kwargs.pop("generation_config", None)
+            kwargs.pop("max_new_tokens", None)
+            return self.draw_images(input_ids, **kwargs)
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"`generation_mode`={generation_mode!r} is not one of 'text', 'image'.")
+        config = self.config
+        forbidden = [range(config.image_token_id, config.image_token_id + 1)]
+        if generation_mode == "text":
+            codes = config.image_token_ids
+            forbidden = [codes, *self.never_written]
+        given = kwargs.pop("logits_processor", None) or []
+        processors = [*given, ForbidTokensLogitsProcessor(forbidden, exceptions=(config.eoss_token_id,))]
+        if kwargs.get("generation_config") is None:
+            kwargs.setdefault("eos_token_id", [config.eos_token_id, config.eoss_token_id])
+        if input_ids is not None:
+            input_ids = self.replace_images(input_ids, kwargs.pop("pixel_values", None))
+        return super().generate(input_ids, logits_processor=LogitsProcessorList(processors), **kwargs)
+
+
+__all__ = ["CM3LeonGenerationMixin", "GuidedGenerationMixin", "ImageGenerationMixin"]
