@@ -10,7 +10,7 @@ Importing the package makes its families known to transformers and diffusers, so
 - `hf_mm.training`: recipes, loop, optimizer, checkpoints.
 - `hf_mm.evaluation`: scores that take arrays and callables.
 - `hf_mm.hub`: a finished model as a Hub repo folder.
-- `hf_mm.cli`: the command `hf-mm`.
+- `hf_mm.cli`: the command `hf-mm`; `hf_mm_command` starts it without loading the package.
 """
 
 import diffusers
