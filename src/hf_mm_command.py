@@ -1,7 +1,7 @@
 """Where the command `hf-mm` starts: outside the package, whose import loads torch, transformers and diffusers.
 
-Help and wrong usage need none of them, so `hf_mm.cli` is loaded here without the package around it; its commands import
-what they use, and the package with it.
+Help and wrong usage need none of them, so `hf_mm.cli` is loaded here without the package around it; its commands
+import what they use, and the package with it.
 """
 
 import importlib.util
