@@ -33,12 +33,13 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import logging
 
-from . import transfusion
+from . import cm3leon, transfusion
 from .cm3leon import (
     CM3LeonConfig,
     CM3LeonForConditionalGeneration,
     CM3LeonImageProcessor,
     CM3LeonModel,
+    CM3LeonPipeline,
     CM3LeonProcessor,
 )
 from .text_to_image import DEFAULT_CHECKPOINT, TextToImagePipeline
@@ -70,10 +71,14 @@ def _register_pipeline(name: str, pipeline_class: type[diffusers.DiffusionPipeli
 
 
 def _register_cm3leon() -> None:
-    """Makes CM3Leon known to transformers' Auto classes."""
+    """Makes CM3Leon known to transformers' Auto classes and to diffusers."""
     _register_family(
         CM3LeonConfig, CM3LeonModel, CM3LeonForConditionalGeneration, CM3LeonImageProcessor, CM3LeonProcessor
     )
+    # diffusers looks a pipeline and its components up by the name of their folder.
+    diffusers.CM3LeonPipeline = CM3LeonPipeline
+    diffusers.pipelines.cm3leon = cm3leon
+    _register_pipeline("cm3leon", CM3LeonPipeline)
 
 
 def _register_transfusion() -> None:
@@ -85,7 +90,6 @@ def _register_transfusion() -> None:
         TransfusionImageProcessor,
         TransfusionProcessor,
     )
-    # diffusers looks a pipeline and its components up by the name of their folder.
     diffusers.TransfusionPipeline = TransfusionPipeline
     diffusers.pipelines.transfusion = transfusion
     _register_pipeline("transfusion", TransfusionPipeline)
@@ -130,6 +134,7 @@ __all__ = [
     "CM3LeonForConditionalGeneration",
     "CM3LeonImageProcessor",
     "CM3LeonModel",
+    "CM3LeonPipeline",
     "CM3LeonProcessor",
     "DEFAULT_CHECKPOINT",
     "TextToImagePipeline",

@@ -3,6 +3,8 @@
 Each family draws through its own diffusers pipeline; this is the same drawing behind `transformers.pipeline`.
 """
 
+import inspect
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import Pipeline
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEFAULT_CHECKPOINT = CHECKPOINTS / "transfusion-tiny"
 
+# What the families' pipelines take beside prompts, and what the task passes on where a family's does.
 DRAWING_ARGUMENTS = (
     "height",
     "width",
@@ -23,6 +26,10 @@ DRAWING_ARGUMENTS = (
     "guidance_scale",
     "num_images_per_prompt",
     "generator",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
 )
 
 
@@ -30,8 +37,9 @@ class TextToImagePipeline(Pipeline):
     """Draws pictures from prompts: `pipeline("text-to-image")("a red star on a white background")`.
 
     A string gives a picture, a list a list of pictures; with `num_images_per_prompt` above 1 each prompt gives a list.
-    Keyword arguments of drawing: `height`, `width`, `num_inference_steps`, `guidance_scale`, `num_images_per_prompt`,
-    `generator`. Without a model the small checkpoint that ships with hf_mm is used.
+    Keyword arguments of drawing: `height`, `width`, `guidance_scale`, `num_images_per_prompt`, `generator`; with
+    Transfusion `num_inference_steps`; with CM3Leon `do_sample`, `temperature`, `top_k`, `top_p`. Without a model the
+    small checkpoint that ships with hf_mm is used.
     """
 
     _load_processor = True
@@ -43,12 +51,18 @@ class TextToImagePipeline(Pipeline):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.drawing = build_drawing_pipeline(self.model, self.processor)
         self.drawing.set_progress_bar_config(disable=True)
 
+    @cached_property
+    def drawing(self) -> DiffusionPipeline:
+        """The family's own pipeline."""
+        return build_drawing_pipeline(self.model, self.processor)
+
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if unknown := sorted(kwargs.keys() - set(DRAWING_ARGUMENTS)):
-            raise TypeError(f"unknown arguments {unknown}; drawing takes {list(DRAWING_ARGUMENTS)}.")
+        parameters = inspect.signature(self.drawing.__call__).parameters
+        known = [name for name in DRAWING_ARGUMENTS if name in parameters]
+        if unknown := sorted(kwargs.keys() - set(known)):
+            raise TypeError(f"unknown arguments {unknown}; drawing takes {known}.")
         return {}, kwargs, {}
 
     def preprocess(self, inputs: str) -> dict[str, Any]:
@@ -70,7 +84,7 @@ class TextToImagePipeline(Pipeline):
 
 
 def build_drawing_pipeline(model: torch.nn.Module, processor: Any) -> DiffusionPipeline:
-    """Builds the diffusers pipeline of a model's family around it, with the scheduler the model asks for.
+    """Builds the diffusers pipeline of a model's family around it, with the scheduler the model asks for, if any.
 
     Args:
         model (`PreTrainedModel`): Of a family that hf_mm registers.
@@ -88,4 +102,8 @@ def build_drawing_pipeline(model: torch.nn.Module, processor: Any) -> DiffusionP
             f"`model` is a {type(model).__name__}, which does not draw. Give a checkpoint of a family of hf_mm, such "
             "as one trained with recipes/pretrain.py."
         )
-    return vars(diffusers)[name](model, processor, model.default_scheduler())
+    pipeline_class = vars(diffusers)[name]
+    components = {"model": model, "processor": processor}
+    if "scheduler" in inspect.signature(pipeline_class).parameters:
+        components["scheduler"] = model.default_scheduler()
+    return pipeline_class(**components)

@@ -3,6 +3,7 @@
 from .configuration_cm3leon import CM3LeonConfig
 from .image_processing_cm3leon import CM3LeonImageProcessor
 from .modeling_cm3leon import CM3LeonForConditionalGeneration, CM3LeonModel
+from .pipeline_cm3leon import CM3LeonPipeline
 from .processing_cm3leon import CM3LeonProcessor, extend_tokenizer
 
 
@@ -11,6 +12,7 @@ __all__ = [
     "CM3LeonForConditionalGeneration",
     "CM3LeonImageProcessor",
     "CM3LeonModel",
+    "CM3LeonPipeline",
     "CM3LeonProcessor",
     "extend_tokenizer",
 ]

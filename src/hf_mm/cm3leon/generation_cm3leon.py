@@ -464,7 +464,7 @@ class ImageGenerationMixin(GuidedGenerationMixin):
             `(1, tokens_per_image)` of an image.
 
         Raises:
-            ValueError: If more than one sequence per prompt is asked for.
+            ValueError: If more than one sequence per prompt is asked for, or a prompt leaves no room for an answer.
         """
         for name in ("num_beams", "num_return_sequences"):
             if (value := generate_kwargs.get(name, 1)) != 1:
@@ -478,22 +478,23 @@ class ImageGenerationMixin(GuidedGenerationMixin):
         processors = LogitsProcessorList(
             [*given, ForbidTokensLogitsProcessor(self.never_written), ImageSpanLogitsProcessor(span, limit)]
         )
+        settings = generate_kwargs.get("generation_config") or self.generation_config
+        ends = torch.as_tensor(generate_kwargs.get("eos_token_id", settings.eos_token_id), device=input_ids.device)
         parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
         rows = torch.arange(len(input_ids), device=input_ids.device)
         for num_drawn in range(max_images + 1):
             input_ids, mask = close_gaps(input_ids, mask)
-            if (length := input_ids.shape[1]) >= limit:
-                break
+            length, room = input_ids.shape[1], self.num_free_positions(mask)
             sequences = super().generate(
                 input_ids,
                 attention_mask=mask,
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([BegunImageCriteria(span)]),
-                max_new_tokens=min(max_new_tokens, limit - length),
+                max_new_tokens=min(max_new_tokens, room),
                 **generate_kwargs,
             )
             written = sequences[:, length:]
-            begins, is_end = span.is_code(written), torch.isin(written, self._end_ids(written.device))
+            begins, is_end = span.is_code(written), torch.isin(written, ends)
             kept = (begins | is_end).cumsum(-1) == 0
             for row, text, keep in zip(rows.tolist(), written, kept, strict=True):
                 parts[row].append(text[keep])
@@ -508,10 +509,25 @@ class ImageGenerationMixin(GuidedGenerationMixin):
             input_ids, mask = torch.cat([input_ids, images], -1), F.pad(mask, (0, images.shape[1]), value=1)
         return parts
 
-    def _end_ids(self, device: torch.device) -> torch.Tensor:
-        """Ids that end a document."""
-        eos = self.generation_config.eos_token_id
-        return torch.tensor(eos if isinstance(eos, list) else [eos], device=device)
+    def num_free_positions(self, attention_mask: torch.Tensor) -> int:
+        """Counts the positions that the longest row leaves of the model's context.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 0 on padding.
+
+        Returns:
+            `int`: 1 or more.
+
+        Raises:
+            ValueError: If none is left.
+        """
+        limit = self.config.get_text_config(decoder=True).max_position_embeddings
+        if (length := int(attention_mask.sum(-1).max())) >= limit:
+            raise ValueError(
+                f"The prompt takes {length} positions and leaves no room for an answer; the model has "
+                f"`max_position_embeddings`={limit}. Shorten it."
+            )
+        return limit - length
 
 
 class CM3LeonGenerationMixin(ImageGenerationMixin):
@@ -581,8 +597,6 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
             forbidden = [codes, *self.never_written]
         given = kwargs.pop("logits_processor", None) or []
         processors = [*given, ForbidTokensLogitsProcessor(forbidden, exceptions=(config.eoss_token_id,))]
-        if kwargs.get("generation_config") is None:
-            kwargs.setdefault("eos_token_id", [config.eos_token_id, config.eoss_token_id])
         if input_ids is not None:
             input_ids = self.replace_images(input_ids, kwargs.pop("pixel_values", None))
         return super().generate(input_ids, logits_processor=LogitsProcessorList(processors), **kwargs)

@@ -1,0 +1,614 @@
+"""CM3Leon as a diffusers pipeline: prompts to pictures, pictures to captions, gaps of either filled, both in turn.
+
+Stages only: the model draws and writes, the processor lays documents out. Imports one leaf file, so that it can travel
+to a Hub repo.
+"""
+
+# Axes: B prompts, R pictures drawn (B times candidates), S streams, N codes of a picture.
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from .logits_cm3leon import CodeSampling, ImageSpan
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+
+
+class CM3LeonPipeline(DiffusionPipeline):
+    """Draws, captions, fills in and interleaves with a CM3Leon model.
+
+    Args:
+        model ([`CM3LeonForConditionalGeneration`]): The model with its frozen image tokenizer.
+        processor ([`CM3LeonProcessor`]): Its processor.
+        reranker (`CLIPModel`, *optional*): Chooses among candidates: any model that returns `logits_per_image`.
+        reranker_processor (`CLIPProcessor`, *optional*): Its processor.
+
+    Example:
+        >>> from diffusers import DiffusionPipeline
+        >>> pipe = DiffusionPipeline.from_pretrained(checkpoint)  # doctest: +SKIP
+        >>> pipe("a red star on a white background", guidance_scale=3).images[0]  # doctest: +SKIP
+
+    """
+
+    model_cpu_offload_seq = "model->reranker"
+    _callback_tensor_inputs = ["codes"]
+    _optional_components = ["reranker", "reranker_processor"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        reranker: PreTrainedModel | None = None,
+        reranker_processor: ProcessorMixin | None = None,
+    ) -> None:
+        super().__init__()
+        if model.config.model_type != "cm3leon":
+            raise ValueError(f"`model` is a {type(model).__name__}; this pipeline draws with CM3Leon models only.")
+        if (reranker is None) != (reranker_processor is None):
+            raise ValueError("`reranker` and `reranker_processor` belong together: give both or neither.")
+        self.register_modules(
+            model=model, processor=processor, reranker=reranker, reranker_processor=reranker_processor
+        )
+        self._guidance_scale = 1.0
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the drawing in progress; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the drawing in progress is guided."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of a drawing that are called back: its rows of codes."""
+        return self.processor.image_processor.grid[0]
+
+    @property
+    def interrupt(self) -> bool:
+        """Set by a callback to leave the picture as it stands."""
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        prompt: str | list[str],
+        image: Image.Image | list[Image.Image] | None,
+        height: int | None,
+        width: int | None,
+        num_images_per_prompt: int,
+        num_candidates: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Refuses what cannot be drawn, before any work.
+
+        Raises:
+            ValueError: Naming the argument, its value and what would be right.
+        """
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, list) and prompt and all(isinstance(item, str) for item in prompt)
+        ):
+            raise ValueError(f"`prompt`={prompt!r} must be a string or a list of strings with at least one entry.")
+        if image is not None and isinstance(image, list) != isinstance(prompt, list):
+            raise ValueError("`image` and `prompt` must be both single or both lists.")
+        if isinstance(image, list) and len(image) != len(prompt):
+            raise ValueError(
+                f"`image` has {len(image)} entries and `prompt` {len(prompt)}; give one image per prompt."
+            )
+        self._check_size(height, width)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
+        if num_candidates < num_images_per_prompt:
+            raise ValueError(
+                f"`num_candidates`={num_candidates} must be at least `num_images_per_prompt`={num_images_per_prompt}, "
+                "which are chosen from them."
+            )
+        if num_candidates > num_images_per_prompt and self.reranker is None:
+            raise ValueError(
+                f"`num_candidates`={num_candidates} needs a `reranker` to choose {num_images_per_prompt} of them: "
+                "load the pipeline with `reranker=` a CLIPModel and `reranker_processor=` its processor."
+            )
+        self._check_output_type(output_type)
+        if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` holds {unknown}; possible are {self._callback_tensor_inputs}."
+            )
+
+    def _check_size(self, height: int | None, width: int | None) -> None:
+        """Refuses a size that is not the model's."""
+        size, stride = self.model.config.image_size, self.model.config.vq_stride
+        for name, side in (("height", height), ("width", width)):
+            if side not in (None, size):
+                raise ValueError(
+                    f"`{name}`={side} gives {side / stride:g} codes along this side; the model draws pictures of "
+                    f"{size} x {size} pixels, {self.model.config.tokens_per_image} codes. Leave `{name}` out."
+                )
+
+    def _check_output_type(self, output_type: str) -> None:
+        """Refuses an unknown form, and pictures where the model draws codes only."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type`={output_type!r} is not one of {OUTPUT_TYPES}.")
+        if output_type != "codes":
+            self.model.model.require_image_tokenizer()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        image: Image.Image | list[Image.Image] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_candidates: int | None = None,
+        image_guidance_scale: float = 1.0,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        decoding: str = "top_p",
+        contrastive_k: int | None = None,
+        contrastive_alpha: float | None = None,
+        amateur_temperature: float = 1.0,
+        cache_implementation: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], Any] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["codes"],  # noqa: B006 (diffusers' signature)
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws pictures from prompts.
+
+        Args:
+            prompt (`str` or `list[str]`): What to draw; an empty one leaves it to the model.
+            image (`PIL.Image.Image` or a list of one per prompt, *optional*): A picture to read before the prompt.
+            height (`int`, *optional*): Pixels; the model draws one size only.
+            width (`int`, *optional*): Likewise.
+            guidance_scale (`float`, *optional*): Defaults to the model's `image_guidance_scale`; 1 is off.
+            num_images_per_prompt (`int`, defaults to 1): Pictures from each prompt.
+            generator (`torch.Generator` or a list of one per prompt or per candidate, *optional*):
+                Source of the noise. With a list, what a prompt gives does not depend on the prompts beside it.
+            num_candidates (`int`, *optional*):
+                Pictures drawn from each prompt, of which the reranker keeps the best `num_images_per_prompt`, best
+                first.
+            image_guidance_scale (`float`, defaults to 1.0): How closely to follow `image`; 1 is off.
+            do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.
+            temperature (`float`, defaults to 1.0): Divides the scores.
+            top_k (`int`, *optional*): Draws from that many best codes only.
+            top_p (`float`, defaults to 1.0): Draws from the fewest best codes that have this probability together.
+            decoding (`str`, defaults to `"top_p"`):
+                `"top_p"`, `"contrastive"` (CD-K), or `"mixed"`, half of the candidates each.
+            contrastive_k (`int`, *optional*): CD-K: rank of the probability that sets the bar.
+            contrastive_alpha (`float`, *optional*): CD-K: fraction of that probability that a code must reach.
+            amateur_temperature (`float`, defaults to 1.0): CD-K: divides the unconditional logits.
+            cache_implementation (`str`, *optional*): As for the library's `generate`, such as `"static"`.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"codes"`, from 0.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each row of codes as `callback(pipe, row, num_codes, {"codes": codes})`, with all
+                candidates' codes so far, from 0; `preview` shows them. It may set `pipe._interrupt`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["codes"]`): What it is given.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the pictures, those of one prompt side by side.
+
+        Raises:
+            ValueError: If an argument is out of range, the prompt leaves no room for the picture, or memory does not
+                hold so many candidates.
+        """
+        num_candidates = num_images_per_prompt if num_candidates is None else num_candidates
+        self.check_inputs(
+            prompt, image, height, width, num_images_per_prompt, num_candidates, output_type,
+            callback_on_step_end_tensor_inputs,
+        )  # fmt: skip
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        images = None if image is None else image if isinstance(image, list) else [image]
+        if images is None and image_guidance_scale != 1:
+            raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` to follow.")
+        sampling = self._sampling(
+            guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            decoding=decoding,
+            contrastive_k=contrastive_k,
+            contrastive_alpha=contrastive_alpha,
+            amateur_temperature=amateur_temperature,
+        )
+        codes = self._draw(
+            *self._lay_out_prompts(prompts, images, sampling),
+            sampling,
+            num_images_per_prompt=num_candidates,
+            generator=generator,
+            cache_implementation=cache_implementation,
+            callback=callback_on_step_end,
+            wants_codes=bool(callback_on_step_end_tensor_inputs),
+        )
+        if num_candidates > num_images_per_prompt:
+            codes = codes[self._rank(prompts, codes)[:, :num_images_per_prompt].flatten()]
+        pictures = self._decode(codes, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _sampling(self, guidance_scale: float | None, **fields: Any) -> CodeSampling:
+        """Settings of a drawing, with the model's guidance where none is asked for."""
+        scale = self.model.config.image_guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance_scale = scale
+        return CodeSampling(guidance_scale=scale, **fields)
+
+    def _lay_out_prompts(
+        self, prompts: list[str], images: list[Image.Image] | None, sampling: CodeSampling
+    ) -> tuple[list[list[int]], list[list[list[int]]] | None]:
+        """Ids of each prompt, and of the other streams where pictures come before the prompts."""
+        opening = self.processor.tokenizer.break_token_id
+        unconditional = self.processor.unconditional_prompt()
+        if images is None:
+            rows = [
+                [*self.processor.encode_document([{"type": "text", "text": text}])["input_ids"][:-1], opening]
+                for text in prompts
+            ]
+            return [row if text else unconditional for text, row in zip(prompts, rows, strict=True)], None
+        rows, others = [], []
+        for text, codes in zip(prompts, self._read_codes(images), strict=True):
+            picture, unknown = {"type": "image", "codes": codes}, {"type": "mask"}
+            # Without what asks for the answer: the end of the document, and the sentinel behind it.
+            textless = [*self.processor.infill_prompt([picture, unknown])["input_ids"][:-2], opening]
+            known = self.processor.encode_document([picture, {"type": "text", "text": text}])["input_ids"][:-1]
+            rows.append([*known, opening] if text else textless)
+            others.append([textless, unconditional][: len(sampling.scales)])
+        return rows, others
+
+    def _read_codes(self, images: list[Image.Image]) -> list[list[int]]:
+        """Codes of pictures, from 0."""
+        pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        ids = self.model.encode_images(pixel_values.to(self._execution_device))
+        return (ids - self.model.config.first_image_token_id).tolist()
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of rows of different lengths, padded on the left."""
+        width = max(map(len, rows))
+        pad = self.processor.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=self._execution_device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
+        return ids, mask
+
+    def _draw(
+        self,
+        rows: list[list[int]],
+        others: list[list[list[int]]] | None,
+        sampling: CodeSampling,
+        *,
+        callback: Callable[[Any, int, int, dict[str, Any]], Any] | None = None,
+        wants_codes: bool = True,
+        **draw_kwargs: Any,
+    ) -> torch.Tensor:
+        """Draws behind rows of ids and returns codes from 0, of shape `(R, N)`."""
+        first, columns = self.model.config.first_image_token_id, self.processor.image_processor.grid[1]
+        streams: dict[str, torch.Tensor] = {}
+        if others is not None and sampling.scales:
+            ids, mask = self._pad([other for streams_of_row in others for other in streams_of_row])
+            shape = (len(rows), len(sampling.scales))
+            streams = {
+                "negative_input_ids": ids.unflatten(0, shape),
+                "negative_attention_mask": mask.unflatten(0, shape),
+            }
+        self._interrupt = False
+        with self.progress_bar(total=self.num_timesteps) as progress_bar:
+
+            def step_end(num_codes: int, image_ids: torch.Tensor) -> None:
+                if num_codes % columns:
+                    return
+                if callback is not None:
+                    given = {"codes": image_ids - first} if wants_codes else {}
+                    callback(self, num_codes // columns - 1, num_codes, given)
+                progress_bar.update()
+
+            image_ids = self.model.draw_images(
+                *self._pad(rows),
+                **streams,
+                sampling=sampling,
+                callback=step_end,
+                should_stop=lambda: self._interrupt,
+                **draw_kwargs,
+            )
+        return image_ids - first
+
+    def _rank(self, prompts: list[str], codes: torch.Tensor) -> torch.Tensor:
+        """Indices into `codes` of each prompt's candidates, best first, of shape `(B, candidates)`."""
+        inputs = self.reranker_processor(
+            text=prompts, images=self._decode(codes, "pil"), padding=True, truncation=True, return_tensors="pt"
+        )
+        scores = self.reranker(**inputs.to(self.reranker.device)).logits_per_image  # (R, B)
+        own = scores.unflatten(0, (len(prompts), -1)).diagonal(dim1=0, dim2=2).T  # (B, candidates)
+        order = own.argsort(-1, descending=True, stable=True).to(codes.device)
+        starts = torch.arange(0, len(codes), own.shape[1], device=codes.device)
+        return order + starts[:, None]
+
+    def preview(self, codes: torch.Tensor, output_type: str = "pil") -> Any:
+        """Shows pictures that are not finished; what is not drawn yet is grey.
+
+        Args:
+            codes (`torch.LongTensor` of shape `(num_pictures, number)`): The codes so far, from 0, one or more.
+            output_type (`str`, defaults to `"pil"`): As in drawing.
+
+        Returns:
+            The pictures, in that form.
+        """
+        return self._decode(codes, output_type)
+
+    def _decode(self, codes: torch.Tensor, output_type: str) -> Any:
+        """Turns codes from 0 into the form asked for, grey where a picture has none yet."""
+        if output_type == "codes":
+            return codes
+        rows, columns = self.processor.image_processor.grid
+        missing = rows * columns - codes.shape[1]
+        whole = torch.cat([codes, codes[:, -1:].expand(-1, missing)], -1)
+        pixels = self.model.decode_image_tokens(whole + self.model.config.first_image_token_id)
+        if missing:
+            drawn = torch.arange(rows * columns, device=pixels.device).view(1, 1, rows, columns) < codes.shape[1]
+            stride = pixels.shape[-1] // columns
+            pixels = pixels * drawn.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
+        return self.processor.post_process_images(pixels, output_type)
+
+    @torch.no_grad()
+    def caption(
+        self,
+        image: Image.Image | list[Image.Image],
+        prompt: str = "",
+        max_new_tokens: int = 64,
+        **generate_kwargs: Any,
+    ) -> list[str]:
+        """Describes pictures, or continues `prompt` about them: fills in the text in front of the picture.
+
+        Args:
+            image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
+            prompt (`str`, defaults to `""`): How the text begins, or a question.
+            max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
+            generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
+
+        Returns:
+            `list[str]`: one text per picture.
+
+        Source: CM3Leon (arXiv 2309.02591), section 3.3 and figure 9.
+        """
+        images = image if isinstance(image, list) else [image]
+        beginning = [*([{"type": "text", "text": prompt}] if prompt else []), {"type": "mask"}]
+        rows = [
+            self.processor.infill_prompt([*beginning, {"type": "image", "codes": codes}])["input_ids"]
+            for codes in self._read_codes(images)
+        ]
+        return [text.strip() for text in self._decode_text(self._write(rows, max_new_tokens, **generate_kwargs))]
+
+    def _write(self, rows: list[list[int]], max_new_tokens: int, **generate_kwargs: Any) -> list[list[int]]:
+        """Ids of text that the model writes behind rows of ids, up to the end of the span."""
+        ids, mask = self._pad(rows)
+        max_new_tokens = min(max_new_tokens, self.model.num_free_positions(mask))
+        sequences = self.model.generate(
+            ids, attention_mask=mask, generation_mode="text", max_new_tokens=max_new_tokens, **generate_kwargs
+        )
+        return sequences[:, ids.shape[1] :].tolist()
+
+    def _decode_text(self, rows: list[list[int]]) -> list[str]:
+        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def infill_caption(
+        self,
+        image: Image.Image | list[Image.Image],
+        text: str | list[str],
+        blank: str = "___",
+        max_new_tokens: int = 64,
+        **generate_kwargs: Any,
+    ) -> list[str]:
+        """Fills the gaps of texts that stand in front of pictures, given what stands on both sides.
+
+        Args:
+            image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
+            text (`str` or `list[str]`): The text of each picture, or one for all, with `blank` where it has gaps.
+            blank (`str`, defaults to `"___"`): What marks a gap.
+            max_new_tokens (`int`, defaults to 64): Tokens to write at most for each gap.
+            generate_kwargs: Any of the library's `generate` that returns one sequence per prompt.
+
+        Returns:
+            `list[str]`: the whole text of each picture.
+
+        Raises:
+            ValueError: If a text has no gap, or there are not as many texts as pictures.
+        """
+        images = image if isinstance(image, list) else [image]
+        texts = list(text) if isinstance(text, list) else [text] * len(images)
+        if len(texts) != len(images):
+            raise ValueError(f"`text` has {len(texts)} entries and `image` {len(images)}; give one text per image.")
+        if without := [one for one in texts if blank not in one]:
+            raise ValueError(f"`text`={without[0]!r} has no gap: write `blank`={blank!r} where it has one.")
+        rows, counts = [], []
+        for one, codes in zip(texts, self._read_codes(images), strict=True):
+            content: list[dict[str, Any]] = []
+            for number, piece in enumerate(one.split(blank)):
+                # The space in front of a gap belongs to the first word of the gap, as in training.
+                known = piece.rstrip(" ") if number < one.count(blank) else piece
+                content += [{"type": "mask"}] * (number > 0) + [{"type": "text", "text": known}] * bool(known)
+            prompt = self.processor.infill_prompt([*content, {"type": "image", "codes": codes}])
+            rows.append(prompt["input_ids"])
+            counts.append(len(prompt["span_lengths"]))
+        spans = self._write_spans(rows, counts, max_new_tokens, **generate_kwargs)
+        for index, gaps in enumerate(spans):
+            for gap in self._decode_text(gaps):
+                before, _, after = texts[index].partition(blank)
+                gap = gap.lstrip(" ") if not before or before.endswith(" ") else gap
+                texts[index] = before + gap + after
+        return texts
+
+    def _write_spans(
+        self, rows: list[list[int]], counts: list[int], max_new_tokens: int, **generate_kwargs: Any
+    ) -> list[list[list[int]]]:
+        """Writes the missing spans of documents one after the other, all documents at a time."""
+        config = self.model.config
+        ends = (config.eoss_token_id, config.eos_token_id, config.pad_token_id)
+        rows, spans = [list(row) for row in rows], [[] for _ in rows]
+        for number in range(max(counts)):
+            open_rows = [index for index, count in enumerate(counts) if count > number]
+            written = self._write([rows[index] for index in open_rows], max_new_tokens, **generate_kwargs)
+            for index, answer in zip(open_rows, written, strict=True):
+                end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+                spans[index].append(answer[:end])
+                rows[index] += [*answer[:end], config.eoss_token_id, config.first_sentinel_token_id + number + 1]
+        return spans
+
+    @torch.no_grad()
+    def infill_region(
+        self,
+        image: Image.Image | list[Image.Image],
+        box: tuple[int, int, int, int],
+        prompt: str | list[str] = "",
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **sampling: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws a part of pictures anew, given what stands before and behind it.
+
+        The codes from the first to the last one of the box are one missing span, as in training, where many spans are
+        rare; those of them beside the box are put in their places as the drawing reaches them.
+
+        Args:
+            image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures.
+            box (`tuple[int, int, int, int]`): Left, upper, right and lower edge in pixels of the model's size, as in
+                PIL; every code that it touches is drawn.
+            prompt (`str` or `list[str]`, defaults to `""`): What the whole picture shows.
+            guidance_scale (`float`, *optional*): As in drawing; without a prompt there is none.
+            num_images_per_prompt (`int`, defaults to 1): As in drawing.
+            generator (`torch.Generator` or a list, *optional*): As in drawing.
+            output_type (`str`, defaults to `"pil"`): As in drawing.
+            return_dict (`bool`, defaults to `True`): As in drawing.
+            sampling: Further fields of `CodeSampling`, such as `temperature` and `top_p`.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the pictures, those of one prompt side by side.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        images = image if isinstance(image, list) else [image]
+        prompts = prompt if isinstance(prompt, list) else [prompt] * len(images)
+        if len(prompts) != len(images):
+            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per image.")
+        if (scale := sampling.get("image_guidance_scale", 1)) != 1:
+            raise ValueError(f"`image_guidance_scale`={scale} must be 1 here: the picture is what is filled in.")
+        self._check_output_type(output_type)
+        config, known = self.model.config, torch.tensor(self._read_codes(images), device=self._execution_device)
+        wanted = torch.tensor(self.processor.box_mask(box), device=known.device)
+        places = wanted.nonzero().flatten()
+        first, stop = int(places[0]), int(places[-1]) + 1
+        mask = [first <= place < stop for place in range(len(wanted))]
+        rows, others = [], []
+        for text, codes in zip(prompts, known.tolist(), strict=True):
+            picture = {"type": "image", "codes": codes, "mask": mask}
+            # The span's own sentinel at once, although that of the unknown text comes first: the text stays unknown.
+            textless = [
+                *self.processor.infill_prompt([{"type": "mask"}, picture])["input_ids"][:-1],
+                config.first_sentinel_token_id + 1,
+            ]
+            with_text = self.processor.infill_prompt([{"type": "text", "text": text}, picture])["input_ids"]
+            rows.append(with_text if text else textless)
+            others.append([textless])
+        given = known[:, first:stop].masked_fill(wanted[first:stop], -1)
+        span = ImageSpan(
+            first_image_token_id=config.first_image_token_id,
+            image_vocab_size=config.image_vocab_size,
+            tokens_per_image=stop - first,
+            opening_token_ids=(config.first_sentinel_token_id, config.first_sentinel_token_id + 1),
+            closing_token_ids=(config.eoss_token_id,),
+            always_opens=True,
+        )
+        drawn = self._draw(
+            rows,
+            others,
+            self._sampling(guidance_scale if any(prompts) else 1.0, **sampling),
+            span=span,
+            given_codes=given,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+        )
+        codes = known.repeat_interleave(num_images_per_prompt, 0)
+        codes[:, first : first + drawn.shape[1]] = drawn
+        pictures = self._decode(codes, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    @torch.no_grad()
+    def interleave(
+        self,
+        prompt: str | list[str],
+        image: list[Image.Image] | None = None,
+        max_images: int = 4,
+        max_new_tokens: int = 256,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        sampling: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> list[list[str | Image.Image]]:
+        """Continues prompts with text and pictures, as the model decides, until it ends.
+
+        Args:
+            prompt (`str` or `list[str]`): How the documents begin; `<image>` stands for an entry of `image`.
+            image (`list[PIL.Image.Image]`, *optional*): Pictures of the prompts, in order.
+            max_images (`int`, defaults to 4): Pictures per document at most.
+            max_new_tokens (`int`, defaults to 256): Text tokens between two pictures at most, as far as the context
+                has room; no picture begins that would not fit.
+            guidance_scale (`float`, *optional*): As in drawing.
+            generator (`torch.Generator`, *optional*): As in drawing.
+            sampling (`dict`, *optional*): Further fields of `CodeSampling`, for the pictures.
+            generate_kwargs: Any of the library's `generate`, for the text.
+
+        Returns:
+            `list[list[str | PIL.Image.Image]]`: for each prompt what was added, in order.
+        """
+        inputs = self.processor(
+            text=[prompt] if isinstance(prompt, str) else prompt, images=image, padding=True, return_tensors="pt"
+        )
+        documents = self.model.generate_interleaved(
+            **inputs.to(self._execution_device),
+            max_images=max_images,
+            max_new_tokens=max_new_tokens,
+            draw_kwargs={"sampling": self._sampling(guidance_scale, **(sampling or {})), "generator": generator},
+            **generate_kwargs,
+        )
+        return [[part for part in map(self._show_part, parts) if part != ""] for parts in documents]
+
+    def _show_part(self, part: torch.Tensor) -> str | Image.Image:
+        """Turns one part of an interleaved document into a string or a picture."""
+        if part.ndim == 1:
+            return self.processor.tokenizer.decode(part, skip_special_tokens=True)
+        return self._decode(part - self.model.config.first_image_token_id, "pil")[0]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves one folder for every door: transformers' files at the root, the index and the reranker beside them.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Where to; made if missing.
+            kwargs: Passed on to the model's `save_pretrained`, such as `max_shard_size`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+        if self.reranker is not None:
+            self.reranker.save_pretrained(os.path.join(save_directory, "reranker"))
+            self.reranker_processor.save_pretrained(os.path.join(save_directory, "reranker_processor"))
+        self.save_config(save_directory)
+
+
+__all__ = ["CM3LeonPipeline"]
