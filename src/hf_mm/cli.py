@@ -4,11 +4,12 @@ Knows arguments, files and messages; what a picture or a caption is, the pipelin
 standard output, progress and errors go to standard error. Exit codes: 0 done, 1 failed, 2 called wrongly.
 """
 
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -66,7 +67,7 @@ def generate(
     ] = Path("picture.png"),
     model: ModelOption = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps. Default: the model's.")
+        int | None, typer.Option(min=1, help="Denoising steps, of Transfusion. Default: the model's.")
     ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=1, help="How closely to follow the prompt; 1 is off. Default: the model's.")
@@ -75,6 +76,12 @@ def generate(
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the scores of codes, of CM3Leon. Default: 1.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(max=1, help="Probability that codes are drawn from, of CM3Leon. Default: 1.")
+    ] = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -85,13 +92,18 @@ def generate(
         pipeline = load_pipeline(model, trust_remote_code)
         first_seed = torch.seed() % 2**32 if seed is None else seed
         seeds = range(first_seed, first_seed + len(prompts) * num_images)
+        options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
         pictures = pipeline(
             prompts,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            **asked_for(options, pipeline),
             num_images_per_prompt=num_images,
-            height=height,
-            width=width,
             generator=[torch.Generator().manual_seed(number) for number in seeds],
         ).images
         paths = save_pictures(pictures, output)
@@ -111,15 +123,25 @@ def caption(
 ) -> None:
     """Describe pictures."""
     with one_line_errors():
+        from .cm3leon import CM3LeonPipeline
         from .data.formats import open_image
         from .transfusion import TransfusionPipeline
 
         pictures = [open_image(image, field=image) for image in images]
         pipeline = load_pipeline(model, trust_remote_code)
-        if not isinstance(pipeline, TransfusionPipeline):
+        if not isinstance(pipeline, CM3LeonPipeline | TransfusionPipeline):
             raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not describe pictures.")
         for image, text in zip(images, pipeline.caption(pictures, prompt, max_new_tokens), strict=True):
             typer.echo(json.dumps({"image": image, "caption": text}) if as_json else f"{image}: {text}")
+
+
+def asked_for(options: Mapping[str, Any], pipeline: "DiffusionPipeline") -> dict[str, Any]:
+    """Keeps the options that were given, refusing those that the pipeline of this checkpoint does not have."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - inspect.signature(pipeline.__call__).parameters.keys()):
+        flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
+        raise ValueError(f"{flags}: a {type(pipeline).__name__} has no such option. Leave it out.")
+    return given
 
 
 @contextmanager
