@@ -171,8 +171,11 @@ def make_cm3leon(make_cm3leon_config):
         for layer in model.model.layers:  # zero at the beginning, when layers have no effect yet
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
                 torch.nn.init.normal_(weight, std=SPREAD)
-        if model.image_tokenizer is not None:  # far apart, so that pictures have many different codes
-            torch.nn.init.normal_(model.image_tokenizer.quantize.embedding.weight)
+        if model.image_tokenizer is not None:  # entries that pictures of noise have, so that they use many codes
+            with torch.no_grad():
+                latents = model.image_tokenizer.encode(torch.rand(2, 3, 8, 8) * 2 - 1).latents
+                vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)[:NUM_CODES]
+                model.image_tokenizer.quantize.embedding.weight.copy_(vectors)
         return model
 
     return make

@@ -54,6 +54,14 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class ResidualProjection(nn.Linear):
+    """A linear layer that writes to the residual stream: told apart because it begins at zero."""
+
+
+class PositionEmbedding(nn.Embedding):
+    """The learned positions: told apart because they begin smaller than other weights."""
+
+
 class CM3LeonAttention(nn.Module):
     """Causal self-attention without biases."""
 
@@ -67,7 +75,7 @@ class CM3LeonAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -95,7 +103,7 @@ class CM3LeonMLP(nn.Module):
     def __init__(self, config: CM3LeonConfig) -> None:
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -145,40 +153,29 @@ class CM3LeonPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normal weights; zeros where a layer writes to the residual stream; nearly nothing for positions.
 
-        Modules are visited before those that hold them, so what is said of the latter stands.
+        The convolutions are the image tokenizer's, which stays as PyTorch would make it until trained weights come.
 
         Source: CM3Leon, section 2.3. Differs: the paper's "output layers" set to zero are taken to be the two
         projections of each layer that write to the residual stream; the tied output layer cannot be zero.
         """
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, ResidualProjection):
+            init.zeros_(module.weight)
+        elif isinstance(module, PositionEmbedding):
+            self._init_truncated(module.weight, self.config.position_initializer_range)
+        elif isinstance(module, nn.Linear | nn.Embedding):
             self._init_truncated(module.weight, self.config.initializer_range)
-        elif isinstance(module, CM3LeonAttention):
-            init.zeros_(module.o_proj.weight)
-        elif isinstance(module, CM3LeonMLP):
-            init.zeros_(module.down_proj.weight)
-        elif isinstance(module, CM3LeonModel):
-            self._init_truncated(module.embed_positions.weight, self.config.position_initializer_range)
-        elif isinstance(module, VQModel):
-            self._init_image_tokenizer(module)
-        elif isinstance(module, nn.GroupNorm):
-            init.ones_(module.weight)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
             init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     @staticmethod
     def _init_truncated(weight: torch.Tensor, std: float) -> None:
         """Fills `weight` from a normal distribution cut at three standard deviations."""
         init.trunc_normal_(weight, mean=0.0, std=std, a=-INIT_CUTOFF * std, b=INIT_CUTOFF * std)
-
-    @staticmethod
-    def _init_image_tokenizer(tokenizer: VQModel) -> None:
-        """Leaves the image tokenizer as diffusers would, until trained weights are loaded."""
-        for layer in tokenizer.modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                init.kaiming_uniform_(layer.weight, a=5**0.5)
-                if layer.bias is not None:
-                    init.zeros_(layer.bias)
-        codebook = tokenizer.quantize.embedding
-        init.uniform_(codebook.weight, -1 / codebook.num_embeddings, 1 / codebook.num_embeddings)
 
 
 class CM3LeonModel(CM3LeonPreTrainedModel):
@@ -195,7 +192,7 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
     def __init__(self, config: CM3LeonConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(CM3LeonDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.image_tokenizer = None
