@@ -9,7 +9,7 @@ only as a callable.
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,14 @@ from .caption_arguments import CaptionArguments
 from .caption_report import CaptionReport
 from .caption_text import caption_words, clean_parts, main_text, sample_caption
 from .duplicates import difference_hash, first_occurrences, pixel_hash, text_hash, without_near_duplicates
-from .formats import TEXT_COLUMNS, ImageError, Rows, center_crop_resize, check_columns, open_image
+from .formats import FACT_COLUMNS, TEXT_COLUMNS, ImageError, Rows, center_crop_resize, check_columns, open_image
 
 
 __all__ = [
     "CaptionArguments",
     "CaptionReport",
     "center_crop_resize",
+    "prepare_encoded",
     "prepare_pairs",
     "row_weights",
     "sample_caption",
@@ -73,23 +74,62 @@ def prepare_pairs(
     report = CaptionReport(args.reasons())
     if isinstance(rows, IterableDataset):
         return _prepare_stream(rows, judge, report), report
-    judged = rows.map(
+    return _prepare_all(rows, rows, judge, report, num_proc), report
+
+
+def prepare_encoded(
+    rows: Dataset, args: CaptionArguments, *, tokenizer: Tokenizer | None = None, reserved: Sequence[str] = ()
+) -> tuple[Dataset, CaptionReport]:
+    """Cleans and filters rows whose pictures are encoded already: all that [`prepare_pairs`] does with their text.
+
+    Pictures are not looked at, so neither their size nor duplicates count; that was for the encoding to do.
+
+    Args:
+        rows (`Dataset`): Pair rows with encoded pictures.
+        args ([`CaptionArguments`]): What to do.
+        tokenizer (`Callable`, *optional*): As for [`prepare_pairs`].
+        reserved (`Sequence[str]`): Likewise.
+
+    Returns:
+        `tuple[Dataset, CaptionReport]`: the rows left, and what was dropped and why.
+
+    Raises:
+        ValueError: If a column that a filter needs is missing, or no row is left.
+    """
+    args = replace(args, drop_duplicates=False, near_duplicate_distance=None)
+    _check_needs(rows, args, tokenizer)
+    read = [column for column in (*TEXT_COLUMNS, *FACT_COLUMNS, "id") if column in rows.column_names]
+    judge = _Judge(args, args.compile_boilerplate(), tokenizer, tuple(reserved))
+    report = CaptionReport(args.reasons())
+    prepared = _prepare_all(rows, rows.select_columns(read).with_format(None), judge, report)
+    given = rows.format  # which joining columns forgets
+    prepared.set_format(given["type"], given["columns"], given["output_all_columns"], **given["format_kwargs"])
+    return prepared, report
+
+
+def _prepare_all(
+    rows: Dataset, facts: Dataset, judge: "_Judge", report: CaptionReport, num_proc: int | None = None
+) -> Dataset:
+    """Judges rows by their facts, and returns those that stay with their text as it was cleaned."""
+    judged = facts.map(
         judge,
         batched=True,
         batch_size=256,
         with_indices=True,
-        remove_columns=rows.column_names,
-        features=_judged_features(rows),
+        remove_columns=facts.column_names,
+        features=_judged_features(facts),
         num_proc=num_proc,
         desc="Preparing captions",
     )
-    kept = _select(judged, args, report)
-    report.check_unreadable(args.max_unreadable_share)
+    kept = _select(judged, judge.args, report)
+    report.check_unreadable(judge.args.max_unreadable_share)
     if len(kept) == 0:
         raise ValueError(f"No row is left:\n{report.to_markdown()}")
+    if len(kept) == len(rows) and not report.changed:
+        return rows
     text_columns = [column for column in TEXT_COLUMNS if column in rows.column_names]
     rest = rows.remove_columns(text_columns)
-    return concatenate_datasets([rest, judged.select_columns(text_columns)], axis=1).select(kept), report
+    return concatenate_datasets([rest, judged.select_columns(text_columns)], axis=1).select(kept)
 
 
 def row_weights(rows: Dataset, args: CaptionArguments) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +186,7 @@ class _Judge:
             fitting = [parts for parts in judged if parts["verdict"] is None]
             self.fit_captions(fitting, self.tokenizer, self.args.max_caption_tokens)
         for row, parts in zip(rows, judged, strict=True):
-            if parts["verdict"] is None:
+            if parts["verdict"] is None and "image" in row:
                 self.look(row["image"], parts)
         columns = {column: [parts[column] for parts in judged] for column in (judged[0] if judged else ())}
         return columns | {name: np.array(columns[name], dtype=np.uint64) for name in HASH_COLUMNS if columns}

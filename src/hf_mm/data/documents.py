@@ -1,6 +1,7 @@
 """Prepares the rows that are no pairs: documents of text and pictures, pictures alone, and texts alone.
 
-What could not be laid out later, in a worker, is dropped here and counted. Knows rows; neither models nor lengths.
+What could not be laid out later, in a worker, is dropped here and counted. Knows rows, and a tokenizer as a callable
+that counts; no models.
 """
 
 import os
@@ -12,18 +13,51 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from .caption_report import CaptionReport
+from .captions import Tokenizer
 from .formats import ImageError, RowError, check_columns, check_row, open_image, open_source
 
 
 REASONS = {
     "malformed": "no list of parts of the types text and image, each with its value",
+    "too_long": "more tokens than a window of training holds",
     "special_token": "text that spells a special token of the tokenizer",
     "unreadable_image": "an image missing, damaged, zero-sized or too large to be safe",
 }
 
 
+@dataclass(frozen=True)
+class DocumentLimit:
+    """How long a document may be that is trained on whole.
+
+    Args:
+        max_tokens (`int`): Tokens of a window.
+        tokens_per_image (`int`): Tokens of a picture, with what sets it off.
+        tokenizer (`Callable`): Counts, see [`prepare_pairs`].
+    """
+
+    max_tokens: int
+    tokens_per_image: int
+    tokenizer: Tokenizer
+
+    @property
+    def caption_room(self) -> int:
+        """Tokens of a caption beside one picture and the ends of its document."""
+        return self.max_tokens - self.tokens_per_image - 2
+
+    def count(self, content: Sequence[dict[str, Any]]) -> int:
+        """Counts the tokens of a document, its ends and one token between its texts included."""
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        num_images = len(content) - len(texts)
+        return sum(map(len, ids)) + max(len(texts) - 1, 0) + num_images * self.tokens_per_image + 2
+
+
 def prepare_documents(
-    rows: Dataset, *, reserved: Sequence[str] = (), max_unreadable_share: float = 0.01
+    rows: Dataset,
+    *,
+    reserved: Sequence[str] = (),
+    max_unreadable_share: float = 0.01,
+    limit: DocumentLimit | None = None,
 ) -> tuple[Dataset, CaptionReport]:
     """Drops documents that cannot be trained on. Every image is decoded once, to know that it can be.
 
@@ -31,6 +65,7 @@ def prepare_documents(
         rows (`Dataset`): Document rows.
         reserved (`Sequence[str]`): Strings that no text may contain, such as the tokenizer's special tokens.
         max_unreadable_share (`float`): Stop if a larger share of the documents has an image that cannot be read.
+        limit ([`DocumentLimit`], *optional*): Longer documents are dropped, for one with pictures is never cut.
 
     Returns:
         `tuple[Dataset, CaptionReport]`: the rows left, and what was dropped and why.
@@ -38,7 +73,7 @@ def prepare_documents(
     Raises:
         ValueError: If too many images are unreadable, or no row is left.
     """
-    return _sieve(check_columns(rows, "document"), "content", _Judge(tuple(reserved)), max_unreadable_share)
+    return _sieve(check_columns(rows, "document"), "content", _Judge(tuple(reserved), limit), max_unreadable_share)
 
 
 def prepare_pictures(rows: Dataset, *, max_unreadable_share: float = 0.01) -> tuple[Dataset, CaptionReport]:
@@ -90,10 +125,13 @@ class _Judge:
     """Returns the step that drops a document, if any."""
 
     reserved: tuple[str, ...] = ()
+    limit: DocumentLimit | None = None
 
     def __call__(self, content: Any, number: int) -> dict[str, str | None]:
         try:
             check_row({"content": content}, number, "document")
+            if self.limit is not None and (length := self.limit.count(content)) > self.limit.max_tokens:
+                return {"verdict": "too_long", "example": f"{number} ({length} tokens)"}
             for part in content:
                 if part["type"] == "image":
                     open_image(part["image"])

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .caption_arguments import CaptionArguments
 from .caption_report import CaptionReport
-from .captions import prepare_pairs
-from .documents import prepare_documents, prepare_pictures
+from .captions import prepare_encoded, prepare_pairs
+from .documents import DocumentLimit, prepare_documents, prepare_pictures
 from .formats import TEXT_COLUMNS, Rows, load_rows, open_source
 from .icon_scenes import icon_scenes_dataset, icon_scenes_stream
 from .image_encoding import MANIFEST, load_encoded
@@ -147,8 +147,9 @@ def prepare_rows(
     arguments: DatasetArguments,
     caption_arguments: CaptionArguments,
     tokenizer: PreTrainedTokenizerBase | None,
+    document_limit: DocumentLimit | None = None,
 ) -> tuple[Dataset, CaptionReport | None]:
-    """Cleans and filters rows as the recipe says; embedded scenes and encoded images are clean already.
+    """Cleans and filters rows as the recipe says; embedded scenes are clean already, as are encoded images themselves.
 
     Args:
         rows (`Dataset`): From `open_rows`.
@@ -156,6 +157,7 @@ def prepare_rows(
         caption_arguments (`CaptionArguments`): What to do.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Counts tokens for `max_caption_tokens`; rows whose text
             spells one of its special tokens are dropped.
+        document_limit ([`DocumentLimit`], *optional*): Longer documents are dropped.
 
     Returns:
         `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
@@ -165,9 +167,11 @@ def prepare_rows(
     if "content" in rows.column_names:
         if caption_arguments.people != "keep" or caption_arguments.min_aesthetic_score is not None:
             raise ValueError("`people` and `min_aesthetic_score` filter pairs; leave them off for documents.")
-        return prepare_documents(rows, reserved=reserved, max_unreadable_share=share)
+        return prepare_documents(rows, reserved=reserved, max_unreadable_share=share, limit=document_limit)
     if rows.column_names == ["image"]:
         return prepare_pictures(rows, max_unreadable_share=share)
-    if arguments.dataset_name.startswith(EMBEDDED) or "image" not in rows.column_names:
+    if arguments.dataset_name.startswith(EMBEDDED):
         return rows, None
+    if "image" not in rows.column_names:
+        return prepare_encoded(rows, caption_arguments, tokenizer=tokenizer, reserved=reserved)
     return prepare_pairs(rows, caption_arguments, tokenizer=tokenizer, reserved=reserved)
