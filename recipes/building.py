@@ -1,7 +1,8 @@
 """What the training recipes share: model and tokenizers from a recipe's fields, and batches of its rows."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from diffusers import AutoencoderKL, VQModel
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from hf_mm.data.collators import TrainingDocuments, build_collator
+from encode_images import digest_weights
+from hf_mm.data.cm3_masking import CM3Masking, SpanArguments
+from hf_mm.data.collators import build_collator
 from hf_mm.data.formats import iterate_captions
+from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
+from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
 
 
 @dataclass
@@ -72,24 +78,100 @@ def find_text_tokenizer(arguments: ModelArguments, rows: Dataset, run_dir: Path,
 
 
 def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Loads model and processor, or makes new ones that fit the tokenizer."""
+    """Loads model and processor, or makes new ones; the processor adds its family's tokens to the tokenizer."""
     if arguments.model_name_or_path is not None:
         model = AutoModelForMultimodalLM.from_pretrained(arguments.model_name_or_path, config=config)
         return model, AutoProcessor.from_pretrained(arguments.model_name_or_path)
-    config.set_tokenizer(tokenizer)
+    processor = PROCESSOR_MAPPING[type(config)].from_config(config, tokenizer)
+    config.set_tokenizer(processor.tokenizer)
     model = AutoModelForMultimodalLM.from_config(config)
     if arguments.image_tokenizer_name is not None:
         model.load_image_tokenizer(arguments.image_tokenizer_name)
-    return model, PROCESSOR_MAPPING[type(config)].from_config(config, tokenizer)
+    return model, processor
+
+
+def reads_codes(model: Any) -> bool:
+    """Whether images are tokens like others, or stand beside them: what its `forward` takes tells."""
+    return "latents" not in inspect.signature(type(model).forward).parameters
+
+
+def find_image_tokenizer(model: Any) -> AutoencoderKL | VQModel | None:
+    """Returns the frozen image tokenizer that a model owns, if any."""
+    return next((module for module in model.modules() if isinstance(module, AutoencoderKL | VQModel)), None)
+
+
+def refuse_unfit_rows(rows: Dataset, name: str, model: Any) -> None:
+    """Refuses rows whose images the model cannot read, or that another image tokenizer encoded than its own.
+
+    Args:
+        rows (`Dataset`): As opened.
+        name (`str`): The recipe's name of them.
+        model (`PreTrainedModel`): To be trained on them.
+
+    Raises:
+        ValueError: If they do not fit.
+    """
+    columns = set(rows.column_names)
+    if reads_codes(model) and not columns & {"codes", "content"}:
+        raise ValueError(
+            f"`dataset_name`={name!r} has no column `codes`, and the model reads nothing else in training. Encode it "
+            "with recipes/encode_images.py and the model's image tokenizer, and name the folder. Columns here: "
+            f"{rows.column_names}."
+        )
+    if not reads_codes(model) and "codes" in columns:
+        raise ValueError(
+            f"`dataset_name`={name!r} holds codes, and the model reads pixels or latents. Encode the images with an "
+            "AutoencoderKL, or as pixels."
+        )
+    manifest = read_manifest(name)
+    if manifest is None or "weights" not in manifest["encoder"]:
+        return
+    made_by, tokenizer = manifest["encoder"], find_image_tokenizer(model)
+    if tokenizer is None:
+        raise ValueError(
+            f"`dataset_name`={name!r} was encoded with the image tokenizer {made_by['image_tokenizer_name']!r}, and "
+            "the model has none to draw with. Name it as `image_tokenizer_name`."
+        )
+    own = {"weights": digest_weights(tokenizer)}
+    own |= {key: tokenizer.config[key] for key in ("scaling_factor", "shift_factor") if key in made_by}
+    if different := {key: (made_by[key], value) for key, value in own.items() if made_by[key] != value}:
+        raise ValueError(
+            f"`dataset_name`={name!r} was encoded with another image tokenizer than the model's, "
+            f"{made_by['image_tokenizer_name']!r}: {different} (there, here). Encode the images again, or name that "
+            "tokenizer."
+        )
+
+
+def choose_documents(model: Any, spans: SpanArguments) -> tuple[type[TrainingDocuments], dict[str, Any], int]:
+    """Returns the kind of documents a model is trained on, what they need of it, and the tokens they may grow by."""
+    config = model.config
+    if reads_codes(model):
+        masking = CM3Masking(
+            **asdict(spans),
+            break_token_id=config.break_token_id,
+            eos_token_id=config.eos_token_id,
+            eoss_token_id=config.eoss_token_id,
+            first_sentinel_token_id=config.first_sentinel_token_id,
+            num_sentinel_tokens=config.num_sentinel_tokens,
+        )
+        return CodeDocuments, {"masking": masking}, masking.max_added_tokens
+    side = config.image_size // config.vae_stride
+    fields = {
+        "image_size": config.image_size,
+        "latent_shape": (config.latent_channels, side, side),
+        "sample_timesteps": model.timestep_sampler(),
+    }
+    return NoisedDocuments, fields, 0
 
 
 class DocumentBatches:
     """Makes batches of a model's documents from rows, the same for training and for evaluation.
 
     Args:
-        model (`PreTrainedModel`): Gives the timesteps and the shapes of its images.
+        model (`PreTrainedModel`): Gives the timesteps and shapes of its images, or the ids of its codes' delimiters.
         processor (`ProcessorMixin`): Lays documents out.
         arguments (`DocumentArguments`): Order, dropout and noise cap.
+        spans (`SpanArguments`): Masked spans, in models that read codes.
         form_weights (`dict`): Chances of the caption forms.
         window_length (`int`, *optional*): Packs documents into windows.
     """
@@ -99,27 +181,28 @@ class DocumentBatches:
         model: Any,
         processor: Any,
         arguments: DocumentArguments,
+        spans: SpanArguments,
         form_weights: dict[str, float],
         window_length: int | None,
     ) -> None:
-        self.has_image_tokenizer = model.config.vae_config is not None
-        self.pad_token_id, self.window_length = processor.tokenizer.pad_token_id, window_length
-        side = model.config.image_size // model.config.vae_stride
-        self.documents = partial(
-            TrainingDocuments,
+        self.processor, self.window_length = processor, window_length
+        self.max_tokens = window_length or model.config.get_text_config().max_position_embeddings
+        self.encodes_pictures = not reads_codes(model) and find_image_tokenizer(model) is not None
+        kind, fields, self.num_reserved = choose_documents(model, spans)
+        self.documents: Callable[..., TrainingDocuments] = partial(
+            kind,
             processor=processor,
-            image_size=model.config.image_size,
-            latent_shape=(model.config.latent_channels, side, side),
-            sample_timesteps=model.timestep_sampler(),
             arguments=arguments,
             form_weights=form_weights,
-            max_tokens=window_length or model.config.text_config.max_position_embeddings,
+            max_tokens=self.max_tokens,
+            **fields,
         )
 
     def collator(self, rows: Dataset) -> Any:
         """Returns the collator for documents of these rows; pictures that are not encoded go to the model as such."""
-        is_encoded = not self.has_image_tokenizer or "latent_mean" in rows.column_names
-        return build_collator(self.pad_token_id, self.window_length, "latents" if is_encoded else "pixel_values")
+        is_encoded = not self.encodes_pictures or "latent_mean" in rows.column_names
+        image_key = "latents" if is_encoded else "pixel_values"
+        return build_collator(self.processor.tokenizer.pad_token_id, self.window_length, image_key)
 
     def endless(
         self, rows: Dataset, text_rows: Dataset | None, sampler: StepSampler, seed: int, num_workers: int

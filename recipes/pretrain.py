@@ -18,10 +18,18 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from datasets import Dataset
 
-from building import DocumentBatches, ModelArguments, build_model, find_text_tokenizer, load_config
+from building import (
+    DocumentBatches,
+    ModelArguments,
+    build_model,
+    find_text_tokenizer,
+    load_config,
+    refuse_unfit_rows,
+)
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.captions import row_weights
-from hf_mm.data.documents import load_texts
+from hf_mm.data.cm3_masking import SpanArguments
+from hf_mm.data.documents import DocumentLimit, load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
 from hf_mm.data.sources import EMBEDDED, DatasetArguments, open_rows, prepare_rows
 from hf_mm.hub import push_folder
@@ -60,6 +68,7 @@ ARGUMENTS = (
     DatasetArguments,
     CaptionArguments,
     DocumentArguments,
+    SpanArguments,
     PretrainArguments,
     TrainingRecipe,
 )
@@ -77,15 +86,15 @@ class RunRows(NamedTuple):
 def prepare_run_rows(
     pairs: Dataset,
     tokenizer: Any,
-    room: int,
+    limit: DocumentLimit,
     data_args: DatasetArguments,
     caption_args: CaptionArguments,
     extra: PretrainArguments,
     open_size: dict[str, int],
     output_dir: Path,
 ) -> RunRows:
-    """Cleans and filters the pairs so that each fits into `room` tokens, and opens the other rows."""
-    if room < 1:
+    """Cleans and filters the pairs so that each fits into a window, and opens the other rows."""
+    if (room := limit.caption_room) < 1:
         raise ValueError(
             f"`window_length`={extra.window_length} (none: the model's `max_position_embeddings`) has no room for a "
             f"picture and a caption. Raise it by at least {1 - room}."
@@ -97,12 +106,12 @@ def prepare_run_rows(
         dataset_split=extra.eval_dataset_split or data_args.dataset_split,
         num_scenes=extra.num_eval_documents,
     )
-    pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer)
+    pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer, limit)
     held_out = pairs
     if extra.eval_dataset_name is not None or (
         extra.eval_dataset_split and data_args.dataset_name.startswith(EMBEDDED)
     ):
-        held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer)
+        held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer, limit)
     elif extra.eval_dataset_split is not None and len(pairs) > 1:
         num_held_out = min(extra.num_eval_documents, max(len(pairs) // 10, 1))
         parts = pairs.train_test_split(num_held_out, seed=open_size["seed"])
@@ -156,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, shows samples on the way, and exports the finished model."""
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse_recipe(*ARGUMENTS, argv=argv)
-    model_args, data_args, caption_args, document_args, extra, recipe = parsed
+    model_args, data_args, caption_args, document_args, spans, extra, recipe = parsed
     identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
@@ -167,16 +176,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
         pairs = open_rows(data_args, **open_size)
     tokenizer = find_text_tokenizer(model_args, pairs, output_dir, accelerator)
     model, processor = build_model(model_args, config, tokenizer)
-    room = (extra.window_length or config.text_config.max_position_embeddings) - processor.tokens_per_image() - 2
+    refuse_unfit_rows(pairs, data_args.dataset_name, model)
+    form_weights = caption_args.form_weights()
+    documents = DocumentBatches(model, processor, document_args, spans, form_weights, extra.window_length)
+    words = processor.tokenizer
+    limit = DocumentLimit(documents.max_tokens - documents.num_reserved, processor.tokens_per_image(), words)
     with accelerator.main_process_first():
-        rows = prepare_run_rows(pairs, tokenizer, room, data_args, caption_args, extra, open_size, output_dir)
+        rows = prepare_run_rows(pairs, words, limit, data_args, caption_args, extra, open_size, output_dir)
+    refuse_unfit_rows(rows.held_out, extra.eval_dataset_name or data_args.dataset_name, model)
     accelerator.print(rows.caption_report)
 
     parts = prepare_training(accelerator, model, recipe)
     progress = TrainingProgress()
     checkpoints = Checkpoints(accelerator, parts, progress, recipe, identity)
     first_step = checkpoints.resume()
-    documents = DocumentBatches(model, processor, document_args, caption_args.form_weights(), extra.window_length)
     share = document_args.text_token_share
     sampler = build_sampler(rows, documents, caption_args, share, recipe, accelerator, first_step)
     batches = documents.endless(rows.pairs, rows.texts, sampler, recipe.seed, recipe.dataloader_num_workers)

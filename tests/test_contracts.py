@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from hf_mm.data.collators import TrainingDocuments, collate_documents
+from hf_mm.data.collators import collate_documents
 from hf_mm.data.mixing import DocumentArguments, SampleKey
+from hf_mm.data.training_documents import NoisedDocuments
 from hf_mm.text_to_image import build_drawing_pipeline
 
 
@@ -64,7 +65,7 @@ def rows_of(form):
 
 
 def documents_of(family, form):
-    dataset = TrainingDocuments(
+    dataset = NoisedDocuments(
         rows_of(form),
         processor=family.processor,
         image_size=8,

@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import encode_images
-from hf_mm.data.collators import TrainingDocuments
 from hf_mm.data.formats import load_rows
 from hf_mm.data.image_encoding import load_encoded
 from hf_mm.data.mixing import DocumentArguments, SampleKey
 from hf_mm.data.sources import DatasetArguments, open_rows
+from hf_mm.data.training_documents import NoisedDocuments
 
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def arguments(rows_file: str, output_dir: Path, *more: object) -> list[str]:
 def pictures(rows_file: str) -> torch.Tensor:
     """The pictures as the encoder must see them, (N, 3, H, W) in [-1, 1]."""
     rows = load_rows(rows_file, text_column="caption").with_format(None)
-    documents = TrainingDocuments(
+    documents = NoisedDocuments(
         rows, processor=None, image_size=IMAGE_SIZE, latent_shape=(3, IMAGE_SIZE, IMAGE_SIZE), sample_timesteps=None,
         arguments=DocumentArguments(), seed=0,
     )  # fmt: skip
@@ -144,8 +144,8 @@ class Processor:
         return {"input_ids": [part["size"] for part in content if part["type"] == "image"], "labels": []}
 
 
-def build_documents(rows: Dataset, latent_shape: tuple[int, int, int]) -> TrainingDocuments:
-    return TrainingDocuments(
+def build_documents(rows: Dataset, latent_shape: tuple[int, int, int]) -> NoisedDocuments:
+    return NoisedDocuments(
         rows, processor=Processor(), image_size=IMAGE_SIZE, latent_shape=latent_shape, seed=0,
         sample_timesteps=lambda number, **_: torch.zeros(number), arguments=DocumentArguments(),
     )  # fmt: skip

@@ -9,7 +9,7 @@ moves, and neither text nor images.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from math import exp, factorial
@@ -22,9 +22,9 @@ Span = tuple[int, int]
 TOKENS_PER_SPAN = 3  # a sentinel in the span's place, another before it at the end, and the token that closes it
 
 
-@dataclass(frozen=True)
-class CM3Masking:
-    r"""Which tokens the rearrangement places, and how often it does what.
+@dataclass(frozen=True, kw_only=True)
+class SpanArguments:
+    r"""How often a document that holds codes is rearranged, and how.
 
     A document has `min(Poisson(mean_spans), max_spans)` spans; with none it stays as it is, a causal document. With
     probability `whole_segment_share` the spans are whole segments (what stands between two boundaries, such as a
@@ -34,6 +34,37 @@ class CM3Masking:
     22.1% (`(1 - exp(-1)) * 0.7 / 2`), its whole image in another 22.1%, and random spans in 19.0%. The first 22.1%
     begin with `<eos> <sentinel:0> <break> CODES <eos> <sentinel:0>`, which is at once the prompt of captioning and
     that of the unconditional stream of guidance, so captions need not be dropped besides.
+
+    Source: CM3Leon (arXiv 2309.02591), section 2.2 (no span crosses a `<break>`); CM3 (arXiv 2201.07520) for the
+    Poisson law and the 16. Differs: CM3 has at least one span, which leaves no document in the form of a prompt; the
+    rate of whole segments is not published and ours, as is that one segment always stays.
+    """
+
+    mean_spans: float = field(
+        default=1.0, metadata={"help": "Models of codes: mean number of masked spans of a document. CM3: 1."}
+    )
+    max_spans: int = field(default=16, metadata={"help": "Models of codes: most masked spans of a document. CM3: 16."})
+    whole_segment_share: float = field(
+        default=0.7,
+        metadata={
+            "help": "Models of codes: share of masked documents that lose whole parts, a caption or an image, instead "
+            "of random spans. Ours: the whole caption in 22% of pairs."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        if self.mean_spans < 0:
+            raise ValueError(f"`mean_spans`={self.mean_spans} is below 0. Use 0 for causal documents alone.")
+        if self.max_spans < 1:
+            raise ValueError(f"`max_spans`={self.max_spans} must be at least 1.")
+        if not 0 <= self.whole_segment_share <= 1:
+            raise ValueError(f"`whole_segment_share`={self.whole_segment_share} must be in [0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CM3Masking(SpanArguments):
+    """Which tokens the rearrangement places, and how often it does what: see [`SpanArguments`].
 
     Args:
         break_token_id (`int`): Boundary between the parts of a document.
@@ -47,10 +78,6 @@ class CM3Masking:
 
     Raises:
         ValueError: If a number is out of its range.
-
-    Source: CM3Leon (arXiv 2309.02591), section 2.2 (no span crosses a `<break>`); CM3 (arXiv 2201.07520) for the
-    Poisson law and the 16. Differs: CM3 has at least one span, which leaves no document in the form of a prompt; the
-    rate of whole segments is not published and ours, as is that one segment always stays.
     """
 
     break_token_id: int
@@ -58,21 +85,15 @@ class CM3Masking:
     eoss_token_id: int
     first_sentinel_token_id: int
     num_sentinel_tokens: int
-    mean_spans: float = 1.0
-    max_spans: int = 16
-    whole_segment_share: float = 0.7
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
-        if self.mean_spans < 0:
-            raise ValueError(f"`mean_spans`={self.mean_spans} is below 0. Use 0 for causal documents alone.")
-        if not 1 <= self.max_spans <= self.num_sentinel_tokens:
+        super().__post_init__()
+        if self.max_spans > self.num_sentinel_tokens:
             raise ValueError(
-                f"`max_spans`={self.max_spans} must be at least 1 and at most `num_sentinel_tokens`="
-                f"{self.num_sentinel_tokens}, for every span has a sentinel of its own."
+                f"`max_spans`={self.max_spans} is more than `num_sentinel_tokens`={self.num_sentinel_tokens}, but "
+                "every span needs a sentinel of its own. Lower it."
             )
-        if not 0 <= self.whole_segment_share <= 1:
-            raise ValueError(f"`whole_segment_share`={self.whole_segment_share} must be in [0, 1].")
 
     @property
     def max_added_tokens(self) -> int:
@@ -107,7 +128,7 @@ def mask_document(
     Raises:
         ValueError: If `max_length` has no room for the tails of the largest number of spans.
 
-    Source: CM3Leon, section 2.2, and CM3, section 2. Differs: see [`CM3Masking`] and [`draw_random_spans`].
+    Source: CM3Leon, section 2.2, and CM3, section 2. Differs: see [`SpanArguments`] and [`draw_random_spans`].
     """
     ids = np.asarray(input_ids, dtype=np.int64)
     if max_length is not None and max_length <= settings.max_added_tokens:

@@ -1,127 +1,19 @@
-"""Training samples to batches: rows become documents with their images and noise, documents become windows.
+"""Documents to batches: documents become windows, their images one tensor.
 
-A batch's keys are the argument names of the models' `forward`. The processor lays documents out and the model's
-sampler draws timesteps; both come as arguments, so nothing here knows a model.
+A batch's keys are the argument names of the models' `forward`. Knows tokens and tensors; what they mean is elsewhere.
 """
 
 # Axes: B windows, L positions, N images of all windows in reading order, C channels, H and W in latent pixels.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .formats import RowError, center_crop_resize, open_image
-from .mixing import DocumentArguments, SampleKey, build_content, sample_generator
 from .packing import pack_windows
-
-
-Document = dict[str, Any]
-
-
-class DocumentEncoder(Protocol):
-    """What is needed of a processor."""
-
-    def encode_document(self, content: list[dict[str, Any]]) -> dict[str, list[int]]:
-        """Lays a document out as `input_ids` and `labels`."""
-
-
-class TrainingDocuments(torch.utils.data.Dataset[Document]):
-    """Builds the document of a sample key: tokens, images, and the noise each image is trained at.
-
-    Args:
-        rows (`datasets.Dataset`): Pairs or documents, encoded or not.
-        processor (`DocumentEncoder`): Lays documents out.
-        image_size (`int`): Pixels that unencoded pictures are cropped and resized to.
-        latent_shape (`tuple[int, int, int]`): Channels, height and width of the noise of such a picture.
-        sample_timesteps (`Callable`): `sample_timesteps(num_images, max_timestep=, generator=)` of the model.
-        arguments (`DocumentArguments`): Order, dropout and noise cap.
-        seed (`int`): Of all draws.
-        text_rows (`datasets.Dataset`, *optional*): Text-only rows, the source 1 of the keys.
-        max_tokens (`int`, *optional*): Longer text-only documents give a stretch of that length, drawn anew each time.
-            Documents with images are never cut, but refused.
-        form_weights (`dict`, *optional*): Chances of the caption forms.
-    """
-
-    def __init__(
-        self,
-        rows: Any,
-        *,
-        processor: DocumentEncoder,
-        image_size: int,
-        latent_shape: tuple[int, int, int],
-        sample_timesteps: Callable[..., torch.Tensor],
-        arguments: DocumentArguments,
-        seed: int,
-        text_rows: Any = None,
-        max_tokens: int | None = None,
-        form_weights: dict[str, float] | None = None,
-    ) -> None:
-        self.sources = (rows, text_rows)
-        self.processor, self.image_size, self.latent_shape = processor, image_size, latent_shape
-        self.sample_timesteps, self.arguments, self.seed = sample_timesteps, arguments, seed
-        self.form_weights, self.max_tokens = form_weights, max_tokens
-
-    def __getitem__(self, key: SampleKey) -> Document:
-        """Builds the document of one sample."""
-        return self._build(self.sources[key.source][key.row], key)
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Document]:
-        """Builds the documents of a batch; rows are read together, which costs less."""
-        numbers: dict[int, list[int]] = {}
-        for key in keys:
-            numbers.setdefault(key.source, []).append(key.row)
-        rows = {source: iter(self.sources[source].__getitems__(wanted)) for source, wanted in numbers.items()}
-        return [self._build(next(rows[key.source]), key) for key in keys]
-
-    def _build(self, row: dict[str, Any], key: SampleKey) -> Document:
-        """Builds the document of one row."""
-        generator = sample_generator(self.seed, key.number)
-        content, max_timestep = build_content(row, self.arguments, generator, self.form_weights)
-        images = [self._read_image(row, part, generator) for part in content if part["type"] == "image"]
-        # Pictures that the model's image tokenizer has yet to encode get noise of the shape they will have then.
-        has_final_shape = "latent_mean" in row or self.latent_shape[1] == self.image_size
-        shapes = [tuple(image.shape) if has_final_shape else self.latent_shape for image in images]
-        sizes = iter(shapes)
-        parts = [{**part, "size": next(sizes)[1:]} if part["type"] == "image" else part for part in content]
-        document: Document = dict(self.processor.encode_document(parts))
-        if self.max_tokens is not None and len(document["input_ids"]) > self.max_tokens:
-            if images:
-                raise RowError(
-                    f"Row {key.row}: its document has {len(document['input_ids'])} tokens, more than the "
-                    f"{self.max_tokens} of a window. Lower `max_caption_tokens`, or raise `window_length`."
-                )
-            document = cut_text(document, self.max_tokens, generator)
-        document["images"] = images
-        document["noise"] = [torch.randn(shape, generator=generator) for shape in shapes]
-        document["timesteps"] = self.sample_timesteps(len(images), max_timestep=max_timestep, generator=generator)
-        return document
-
-    def _read_image(self, row: dict[str, Any], part: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        """Returns a picture in [-1, 1], or latents drawn from what the encoder saved of it."""
-        if "latent_mean" in row:
-            mean, std = (
-                torch.as_tensor(np.asarray(row[name], dtype=np.float32)) for name in ("latent_mean", "latent_std")
-            )
-            return mean + std * torch.randn(mean.shape, generator=generator)
-        if "pixels" in row:
-            pixels = np.asarray(row["pixels"], dtype=np.uint8)
-        else:
-            picture = open_image(part.get("image", row.get("image")))
-            pixels = np.asarray(center_crop_resize(picture, self.image_size)).transpose(2, 0, 1)
-        return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
-
-
-def cut_text(document: Document, max_tokens: int, generator: torch.Generator) -> Document:
-    """Takes a random stretch of a text that is too long; its first token is no target, for nothing predicts it."""
-    excess = len(document["input_ids"]) - max_tokens
-    start = int(torch.randint(excess + 1, (1,), generator=generator))
-    stretch = {name: values[start : start + max_tokens] for name, values in document.items()}
-    stretch["labels"] = [-100, *stretch["labels"][1:]]
-    return stretch
+from .training_documents import Document
 
 
 def stack_images(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -144,15 +36,15 @@ def collate_documents(
     """Collates documents into windows; positions restart with each document, and padding is a document of its own.
 
     Args:
-        documents (`Sequence[Document]`): From [`TrainingDocuments`].
+        documents (`Sequence[Document]`): From [`NoisedDocuments`] or [`CodeDocuments`].
         pad_token_id (`int`): Fills what is left of a window.
         window_length (`int`, *optional*): Packs documents into windows of that length; without it each document is a
             window, as long as the longest.
         image_key (`str`, defaults to `"latents"`): `"pixel_values"` for pictures that the model encodes itself.
 
     Returns:
-        `dict`: `input_ids`, `labels`, `position_ids` of shape `(B, L)` and, where there are images, the images,
-        `noise`, `timesteps` and, if sizes differ, `image_sizes`.
+        `dict`: `input_ids`, `labels`, `position_ids` of shape `(B, L)` and, where documents have images beside their
+        tokens, the images, `noise`, `timesteps` and, if sizes differ, `image_sizes`.
 
     Raises:
         ValueError: If a document is longer than a window.
@@ -175,7 +67,7 @@ def collate_documents(
         positions[row, start:] = np.arange(length - start)
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     batch = {name: torch.from_numpy(values) for name, values in batch.items()}
-    ordered = [documents[index] for window in windows for index in window]
+    ordered = [documents[index] for window in windows for index in window if "images" in documents[index]]
     if images := [image for document in ordered for image in document["images"]]:
         batch[image_key], sizes = stack_images(images)
         batch["noise"], latent_sizes = stack_images([noise for document in ordered for noise in document["noise"]])

@@ -138,6 +138,12 @@ def load_encoded(output_dir: str | os.PathLike) -> Dataset:
     )
 
 
+def read_manifest(name: str | os.PathLike) -> dict[str, Any] | None:
+    """Reads what made the encoded rows of a folder; None where the name is of another source."""
+    path = Path(name) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 @dataclass
 class _BatchEncoder:
     """Opens, crops, stacks and encodes a batch; `first_row` is the number of its shard's first row, for errors."""

@@ -6,7 +6,7 @@ draws the same samples. Knows rows and numbers, neither models nor tensors of im
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,25 @@ from .caption_text import sample_caption
 class DocumentArguments:
     """How rows become documents. Section and table numbers are those of Transfusion (arXiv 2408.11039)."""
 
-    image_first_share: float = field(
-        default=0.2, metadata={"help": "Share of pairs whose image comes before the caption. Sec. 4.1: 20%."}
+    image_first_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of pairs whose image comes before the caption; none: 0.2 (Sec. 4.1), and 0 for models of "
+            "codes, which caption by filling in (CM3Leon, arXiv 2309.02591, Figs. 8 and 9)."
+        },
     )
-    caption_dropout: float = field(
-        default=0.1,
-        metadata={"help": "Share of caption-first pairs without their caption, for guidance. Ours; the usual value."},
+    caption_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of caption-first pairs without their caption, for guidance; none: 0.1, ours, the usual "
+            "value. Models of codes have masked captions instead."
+        },
     )
     noise_cap: int | None = field(
-        default=None, metadata={"help": "Timesteps below which image-first images are noised. Table 8: 500."}
+        default=None,
+        metadata={
+            "help": "Timesteps below which image-first images are noised, in models that noise them. Table 8: 500."
+        },
     )
     text_token_share: float = field(
         default=0.5, metadata={"help": "Share of tokens from the text-only rows, if there are any. Sec. 4.1: 1:1."}
@@ -36,12 +46,16 @@ class DocumentArguments:
     def __post_init__(self) -> None:
         """Refuses values out of range."""
         for name in ("image_first_share", "caption_dropout"):
-            if not 0 <= (value := vars(self)[name]) <= 1:
+            if (value := vars(self)[name]) is not None and not 0 <= value <= 1:
                 raise ValueError(f"`{name}`={value} must be in [0, 1].")
         if not 0 < self.text_token_share < 1:
             raise ValueError(f"`text_token_share`={self.text_token_share} must be above 0 and below 1.")
         if self.noise_cap is not None and self.noise_cap < 1:
             raise ValueError(f"`noise_cap`={self.noise_cap} must be at least 1. None switches it off.")
+
+    def with_defaults(self, **defaults: float) -> "DocumentArguments":
+        """Returns a copy in which fields that are None have these values."""
+        return replace(self, **{name: value for name, value in defaults.items() if vars(self)[name] is None})
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,7 @@ def build_content(
 
     Args:
         row (`dict`): A pair, a document (`content`), or a row with `text` and no image.
-        arguments (`DocumentArguments`): The shares.
+        arguments (`DocumentArguments`): The shares, none of them None.
         generator (`torch.Generator`): The sample's.
         form_weights (`dict`, *optional*): Chances of the caption forms, see `sample_caption`.
 
@@ -80,7 +94,7 @@ def build_content(
         return row["content"], None
     caption = sample_caption(row, generator, form_weights) if form_weights else sample_caption(row, generator)
     text, image = {"type": "text", "text": caption}, {"type": "image"}
-    if not {"image", "pixels", "latent_mean"} & row.keys():
+    if not {"image", "pixels", "latent_mean", "codes"} & row.keys():
         return [text], None
     draws = torch.rand(2, generator=generator)
     if draws[0] < arguments.image_first_share:

@@ -1,0 +1,228 @@
+"""Sample keys to documents: rows are laid out, images noised or their codes masked, each sample by its own generator.
+
+The processor lays documents out and the model's sampler draws timesteps; both come as arguments, so nothing here
+knows a model. What a document holds is what `forward` takes: images and noise, or codes among the tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .cm3_masking import CM3Masking, mask_document
+from .formats import RowError, center_crop_resize, open_image
+from .mixing import DocumentArguments, SampleKey, build_content, sample_generator
+
+
+Document = dict[str, Any]
+
+
+class DocumentEncoder(Protocol):
+    """What is needed of a processor."""
+
+    def encode_document(self, content: list[dict[str, Any]]) -> dict[str, list[int]]:
+        """Lays a document out as `input_ids` and `labels`."""
+
+
+class TrainingDocuments(torch.utils.data.Dataset[Document]):
+    """Builds the document of a sample key; how its images enter is the subclasses'.
+
+    Args:
+        rows (`datasets.Dataset`): Pairs or documents.
+        processor (`DocumentEncoder`): Lays documents out.
+        arguments (`DocumentArguments`): Order, dropout and noise cap.
+        seed (`int`): Of all draws.
+        text_rows (`datasets.Dataset`, *optional*): Text-only rows, the source 1 of the keys.
+        max_tokens (`int`, *optional*): Longer text-only documents give a stretch of that length, drawn anew each time.
+            Documents with images are never cut, but refused.
+        form_weights (`dict`, *optional*): Chances of the caption forms.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        processor: DocumentEncoder,
+        arguments: DocumentArguments,
+        seed: int,
+        text_rows: Any = None,
+        max_tokens: int | None = None,
+        form_weights: dict[str, float] | None = None,
+    ) -> None:
+        self.sources = (rows, text_rows)
+        self.processor, self.arguments, self.seed = processor, arguments, seed
+        self.form_weights, self.max_tokens = form_weights, max_tokens
+
+    def __getitem__(self, key: SampleKey) -> Document:
+        """Builds the document of one sample."""
+        return self._build(self.sources[key.source][key.row], key)
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Document]:
+        """Builds the documents of a batch; rows are read together, which costs less."""
+        numbers: dict[int, list[int]] = {}
+        for key in keys:
+            numbers.setdefault(key.source, []).append(key.row)
+        rows = {source: iter(self.sources[source].__getitems__(wanted)) for source, wanted in numbers.items()}
+        return [self._build(next(rows[key.source]), key) for key in keys]
+
+    def _build(self, row: dict[str, Any], key: SampleKey) -> Document:
+        """Builds the document of one row."""
+        generator = sample_generator(self.seed, key.number)
+        content, max_timestep = build_content(row, self.arguments, generator, self.form_weights)
+        return self._lay_out(row, content, max_timestep, key, generator)
+
+    def _lay_out(
+        self,
+        row: dict[str, Any],
+        content: list[dict[str, Any]],
+        max_timestep: int | None,
+        key: SampleKey,
+        generator: torch.Generator,
+    ) -> Document:
+        """Makes the document of its parts."""
+        raise NotImplementedError
+
+    def _fit(
+        self, document: Document, key: SampleKey, generator: torch.Generator, *, has_images: bool, reserved: int = 0
+    ) -> Document:
+        """Cuts a text that is too long; refuses a document with images that has no room for `reserved` tokens more."""
+        length = len(document["input_ids"])
+        if self.max_tokens is None or length + (reserved if has_images else 0) <= self.max_tokens:
+            return document
+        if has_images:
+            more = f" and {reserved} more for masked spans" if reserved else ""
+            raise RowError(
+                f"Row {key.row}: its document has {length} tokens{more}, more than the {self.max_tokens} of a window. "
+                "Lower `max_caption_tokens`, or raise `window_length`."
+            )
+        return cut_text(document, self.max_tokens, generator)
+
+
+class NoisedDocuments(TrainingDocuments):
+    """Documents whose images stand beside the tokens, with the noise and the timesteps they are trained at.
+
+    Args:
+        rows (`datasets.Dataset`): Pairs or documents, encoded or not.
+        image_size (`int`): Pixels that unencoded pictures are cropped and resized to.
+        latent_shape (`tuple[int, int, int]`): Channels, height and width of the noise of such a picture.
+        sample_timesteps (`Callable`): `sample_timesteps(num_images, max_timestep=, generator=)` of the model.
+        arguments (`DocumentArguments`): Without shares of its own, those of Transfusion.
+        fields: Those of [`TrainingDocuments`].
+
+    Source: Transfusion (arXiv 2408.11039), section 4.1, for the 20% of images that come first.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        image_size: int,
+        latent_shape: tuple[int, int, int],
+        sample_timesteps: Callable[..., torch.Tensor],
+        arguments: DocumentArguments,
+        **fields: Any,
+    ) -> None:
+        super().__init__(rows, arguments=arguments.with_defaults(image_first_share=0.2, caption_dropout=0.1), **fields)
+        self.image_size, self.latent_shape, self.sample_timesteps = image_size, latent_shape, sample_timesteps
+
+    def _lay_out(
+        self,
+        row: dict[str, Any],
+        content: list[dict[str, Any]],
+        max_timestep: int | None,
+        key: SampleKey,
+        generator: torch.Generator,
+    ) -> Document:
+        images = [self._read_image(row, part, generator) for part in content if part["type"] == "image"]
+        # Pictures that the model's image tokenizer has yet to encode get noise of the shape they will have then.
+        has_final_shape = "latent_mean" in row or self.latent_shape[1] == self.image_size
+        shapes = [tuple(image.shape) if has_final_shape else self.latent_shape for image in images]
+        sizes = iter(shapes)
+        parts = [{**part, "size": next(sizes)[1:]} if part["type"] == "image" else part for part in content]
+        document = self._fit(dict(self.processor.encode_document(parts)), key, generator, has_images=bool(images))
+        document["images"] = images
+        document["noise"] = [torch.randn(shape, generator=generator) for shape in shapes]
+        document["timesteps"] = self.sample_timesteps(len(images), max_timestep=max_timestep, generator=generator)
+        return document
+
+    def _read_image(self, row: dict[str, Any], part: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
+        """Returns a picture in [-1, 1], or latents drawn from what the encoder saved of it."""
+        if "latent_mean" in row:
+            mean, std = (
+                torch.as_tensor(np.asarray(row[name], dtype=np.float32)) for name in ("latent_mean", "latent_std")
+            )
+            return mean + std * torch.randn(mean.shape, generator=generator)
+        if "pixels" in row:
+            pixels = np.asarray(row["pixels"], dtype=np.uint8)
+        else:
+            picture = open_image(part.get("image", row.get("image")))
+            pixels = np.asarray(center_crop_resize(picture, self.image_size)).transpose(2, 0, 1)
+        return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
+
+
+class CodeDocuments(TrainingDocuments):
+    """Documents whose images are codes among the tokens, some spans masked and moved to the end.
+
+    Captions are not dropped besides: a masked caption leaves `<eos> <sentinel:0> <break> CODES`, which is the prompt
+    of the unconditional stream, and does not lose the caption as a target.
+
+    Args:
+        rows (`datasets.Dataset`): Pairs with `codes`, or documents whose images have `codes`.
+        masking (`CM3Masking`): Of the spans.
+        arguments (`DocumentArguments`): Without a share of its own, every caption comes before its image.
+        fields: Those of [`TrainingDocuments`].
+
+    Raises:
+        ValueError: If `arguments` asks for what belongs to noised images.
+
+    Source: CM3Leon (arXiv 2309.02591), section 2.2 and figures 8 and 9.
+    """
+
+    def __init__(self, rows: Any, *, masking: CM3Masking, arguments: DocumentArguments, **fields: Any) -> None:
+        if arguments.noise_cap is not None:
+            raise ValueError(f"`noise_cap`={arguments.noise_cap}: codes are not noised. Leave it out.")
+        if arguments.caption_dropout:
+            raise ValueError(
+                f"`caption_dropout`={arguments.caption_dropout}: documents with codes have masked captions instead. "
+                "Leave it out, and set `whole_segment_share`."
+            )
+        super().__init__(rows, arguments=arguments.with_defaults(image_first_share=0.0, caption_dropout=0.0), **fields)
+        self.masking = masking
+
+    def _lay_out(
+        self,
+        row: dict[str, Any],
+        content: list[dict[str, Any]],
+        max_timestep: int | None,
+        key: SampleKey,
+        generator: torch.Generator,
+    ) -> Document:
+        parts = [
+            {**part, "codes": find_codes(row, part, key)} if part["type"] == "image" else part for part in content
+        ]
+        document = dict(self.processor.encode_document(parts))
+        has_images = any(part["type"] == "image" for part in parts)
+        document = self._fit(document, key, generator, has_images=has_images, reserved=self.masking.max_added_tokens)
+        ids = mask_document(document["input_ids"], generator, self.masking, max_length=self.max_tokens)
+        return {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
+
+
+def find_codes(row: dict[str, Any], part: dict[str, Any], key: SampleKey) -> Any:
+    """Returns the codes of an image, which stand with its document's part or with its pair's row."""
+    codes = part["codes"] if "codes" in part else row.get("codes")
+    if codes is None:
+        raise RowError(
+            f"Row {key.row}: its image has no `codes`, and the model reads nothing else in training. Encode the "
+            "images with recipes/encode_images.py and the model's image tokenizer, and name its folder."
+        )
+    return codes
+
+
+def cut_text(document: Document, max_tokens: int, generator: torch.Generator) -> Document:
+    """Takes a random stretch of a text that is too long; its first token is no target, for nothing predicts it."""
+    excess = len(document["input_ids"]) - max_tokens
+    start = int(torch.randint(excess + 1, (1,), generator=generator))
+    stretch = {name: values[start : start + max_tokens] for name, values in document.items()}
+    stretch["labels"] = [-100, *stretch["labels"][1:]]
+    return stretch
