@@ -7,7 +7,7 @@ pictures; which spans are masked in training is the data's.
 
 import copy
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import dropwhile, groupby, takewhile
 from typing import Any
 
 import numpy as np
@@ -403,26 +403,19 @@ class CM3LeonProcessor(ProcessorMixin):
         Returns:
             `list[dict]`: parts `{"type": "text", "text": str}` and `{"type": "image", "codes": list[int]}` in order.
         """
-        ids = list(input_ids)
-        start = next((place for place, token in enumerate(ids) if token not in self._edges), len(ids))
-        stop = next((place for place in range(start, len(ids)) if ids[place] in self._edges), len(ids))
+        tokenizer = self.tokenizer
+        eos, pad, separator = tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.break_token_id
+        ids = list(dropwhile(lambda token: token == pad, input_ids))
+        ids = list(takewhile(lambda token: token not in (eos, pad), ids[1:] if ids[:1] == [eos] else ids))
         codes = range(self.first_image_token_id, self.first_image_token_id + self.image_vocab_size)
         parts: list[dict[str, Any]] = []
-        for kind, run in groupby(ids[start:stop], key=lambda token: (token in codes, token == self._break)):
+        for (is_code, is_break), run in groupby(ids, key=lambda token: (token in codes, token == separator)):
             members = list(run)
-            if kind[0]:
+            if is_code:
                 parts.append({"type": "image", "codes": [token - codes.start for token in members]})
-            elif not kind[1]:
-                parts.append({"type": "text", "text": self.tokenizer.decode(members, skip_special_tokens=True)})
+            elif not is_break and (text := tokenizer.decode(members, skip_special_tokens=True)):
+                parts.append({"type": "text", "text": text})
         return parts
-
-    @property
-    def _edges(self) -> tuple[int, int]:
-        return self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-
-    @property
-    def _break(self) -> int:
-        return self.tokenizer.break_token_id
 
     def post_process_images(self, pixels: torch.Tensor, output_type: str = "pil") -> Any:
         """Turns decoded pictures into the form asked for.
