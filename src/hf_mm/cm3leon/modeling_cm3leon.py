@@ -370,7 +370,7 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class CM3LeonForConditionalGeneration(CM3LeonGenerationMixin, CM3LeonPreTrainedModel):
+class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationMixin):
     """CM3Leon with its output layer: trains on text and images alike, writes text, draws images, fills in either.
 
     Args:
