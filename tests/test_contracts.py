@@ -2,8 +2,10 @@
 
 import inspect
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,25 +13,46 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from hf_mm.data.cm3_masking import CM3Masking
 from hf_mm.data.collators import collate_documents
 from hf_mm.data.mixing import DocumentArguments, SampleKey
-from hf_mm.data.training_documents import NoisedDocuments
+from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments
 from hf_mm.text_to_image import build_drawing_pipeline
 
 
 @dataclass
 class Family:
-    """A tiny model with its processor, and how the data makes its batches."""
+    """A tiny model with its processor, what makes its documents of rows, and what its drawing takes besides."""
 
     model: torch.nn.Module
     processor: object
-    latent_shape: tuple
+    documents: Callable[..., Any]
+    drawing: dict[str, Any]
 
 
-@pytest.fixture(params=["transfusion", "transfusion_unet"])
-def family(request, make_model, make_processor):
+@pytest.fixture(params=["transfusion", "transfusion_unet", "cm3leon"])
+def family(request, make_model, make_processor, make_cm3leon, make_cm3leon_processor):
+    if request.param == "cm3leon":
+        model = make_cm3leon()
+        processor, config = make_cm3leon_processor(model.config), model.config
+        names = ("break", "eos", "eoss", "first_sentinel")
+        ids = {f"{name}_token_id": config.to_dict()[f"{name}_token_id"] for name in names}
+        masking = CM3Masking(**ids, num_sentinel_tokens=config.num_sentinel_tokens, max_spans=5)
+        documents = partial(
+            CodeDocuments, processor=processor, masking=masking, arguments=DocumentArguments(image_first_share=0.4)
+        )
+        return Family(model, processor, documents, {})
     model = make_model(patch_layer="unet" if request.param.endswith("unet") else "linear")
-    return Family(model, make_processor(model.config), (3, 8, 8))
+    processor = make_processor(model.config)
+    documents = partial(
+        NoisedDocuments,
+        processor=processor,
+        image_size=8,
+        latent_shape=(3, 8, 8),
+        sample_timesteps=model.timestep_sampler(),
+        arguments=DocumentArguments(image_first_share=0.4, noise_cap=500),
+    )
+    return Family(model, processor, documents, {"num_inference_steps": 2})
 
 
 def png(seed):
@@ -64,16 +87,33 @@ def rows_of(form):
     ]
 
 
+def with_codes(family, part):
+    """A row or part of a document whose image is codes, as the recipe that encodes images leaves it."""
+    if "pixels" in part:
+        picture = Image.fromarray(np.asarray(part["pixels"], dtype=np.uint8).transpose(1, 2, 0))
+    elif isinstance(part.get("image"), dict):
+        picture = Image.open(io.BytesIO(part["image"]["bytes"]))
+    elif "image" in part:
+        picture = part["image"]
+    else:
+        return part
+    pixel_values = family.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+    codes = family.model.encode_images(pixel_values)[0] - family.model.config.first_image_token_id
+    rest = {name: value for name, value in part.items() if name not in ("image", "pixels")}
+    return {**rest, "codes": codes.tolist()}
+
+
 def documents_of(family, form):
-    dataset = NoisedDocuments(
-        rows_of(form),
-        processor=family.processor,
-        image_size=8,
-        latent_shape=family.latent_shape,
-        sample_timesteps=family.model.timestep_sampler(),
-        arguments=DocumentArguments(image_first_share=0.4, noise_cap=500),
-        seed=3,
-    )
+    rows = rows_of(form)
+    if family.documents.func is CodeDocuments:
+        rows = [
+            {"content": [with_codes(family, part) for part in row["content"]]}
+            if "content" in row
+            else with_codes(family, row)
+            for row in rows
+        ]
+        rows = rows if form == "document" else Dataset.from_list(rows)
+    dataset = family.documents(rows, seed=3)
     return [dataset[SampleKey(number, 0, number)] for number in range(5)]
 
 
@@ -128,8 +168,8 @@ def test_every_family_draws_by_the_same_arguments(family):
     pipe.set_progress_bar_config(disable=True)
     parameters = inspect.signature(pipe.__call__).parameters
     assert {"prompt", "image", "guidance_scale", "num_images_per_prompt", "generator"} <= parameters.keys()
-    draw = partial(pipe, num_images_per_prompt=2, guidance_scale=1.5, num_inference_steps=2)
+    draw = partial(pipe, num_images_per_prompt=2, guidance_scale=1.5, **family.drawing)
     first, again = (draw(["kite", "a red star"], generator=torch.Generator().manual_seed(0)).images for _ in range(2))
     assert len(first) == 4 and all(isinstance(image, Image.Image) for image in first)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, again, strict=True))
-    assert len(pipe("kite", image=first[0], num_inference_steps=2).images) == 1
+    assert len(pipe("kite", image=first[0], **family.drawing).images) == 1

@@ -39,7 +39,9 @@ def batch_of(rows):
     return {
         "input_ids": pad(rows, batch_first=True, padding_value=PAD),
         "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": pad([torch.cat([torch.tensor([-100]), row[1:]]) for row in rows], batch_first=True, padding_value=-100),
+        "labels": pad(
+            [torch.cat([torch.tensor([-100]), row[1:]]) for row in rows], batch_first=True, padding_value=-100
+        ),
     }
 
 
@@ -74,7 +76,9 @@ def naive_forward(model, ids):
         heads = []
         for start in range(0, config.hidden_size, width):
             cut = slice(start, start + width)
-            scores = (q[:, cut] @ k[:, cut].T / math.sqrt(width)).masked_fill(~torch.ones(len(ids), len(ids)).tril().bool(), -math.inf)
+            scores = (q[:, cut] @ k[:, cut].T / math.sqrt(width)).masked_fill(
+                ~torch.ones(len(ids), len(ids)).tril().bool(), -math.inf
+            )
             heads.append(scores.softmax(-1) @ v[:, cut])
         x = x + torch.cat(heads, -1) @ part["self_attn.o_proj"]
         x = x + (norm(x) @ part["mlp.up_proj"]).clamp(min=0) @ part["mlp.down_proj"]
@@ -382,12 +386,19 @@ def test_codes_are_the_nearest_entries_of_the_codebook_row_by_row(make_model):
         nearest = (codebook - vectors[number, :, row, column]).square().sum(-1).argmin()
         assert codes[number, 4 * row + column] == nearest
     assert torch.equal(codes.flatten(), tokenizer.quantize(vectors)[2][2])
-    torch.testing.assert_close(model.decode_image_tokens(model.encode_images(pixels)), tokenizer.decode(vectors).sample)
+    torch.testing.assert_close(
+        model.decode_image_tokens(model.encode_images(pixels)), tokenizer.decode(vectors).sample
+    )
 
 
 @pytest.mark.parametrize(
     ("count", "holes", "match"),
-    [(1, 32, "placeholders.*16 codes"), (2, 16, "placeholders.*32 codes"), (1, 15, "placeholders"), (0, 16, "0 codes")],
+    [
+        (1, 32, "placeholders.*16 codes"),
+        (2, 16, "placeholders.*32 codes"),
+        (1, 15, "placeholders"),
+        (0, 16, "0 codes"),
+    ],
 )
 def test_pictures_that_do_not_fit_their_placeholders_are_refused(make_model, count, holes, match):
     model = make_model()
@@ -528,7 +539,9 @@ def test_lora_trains(make_model):
 
     model = make_model(initializer_range=0.1)
     batch = batch_of(documents(model.config))
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj", "up_proj", "down_proj"], task_type=None)).train()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["v_proj", "up_proj", "down_proj"], task_type=None)
+    ).train()
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     assert len(weights) == 3 * 2 * model.config.num_hidden_layers
     optimizer = torch.optim.AdamW(weights, lr=3e-2)
@@ -542,7 +555,9 @@ def test_lora_trains(make_model):
 
 
 def test_four_rows_are_learnt_by_heart(make_config):
-    model = CM3LeonForConditionalGeneration(make_config(initializer_range=0.05, position_initializer_range=0.05)).train()
+    model = CM3LeonForConditionalGeneration(
+        make_config(initializer_range=0.05, position_initializer_range=0.05)
+    ).train()
     batch = batch_of(documents(model.config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(90):

@@ -60,7 +60,9 @@ MASK = {"type": "mask"}
     ],
 )
 def test_documents_are_parts_with_breaks_between_and_delimiters_around(processor, say, content, expected):
-    assert say(processor.encode_document(content)["input_ids"]) == expected.replace("kite", say(processor._encode_text("kite")))
+    assert say(processor.encode_document(content)["input_ids"]) == expected.replace(
+        "kite", say(processor._encode_text("kite"))
+    )
 
 
 def test_every_token_but_the_first_is_a_target(processor):
@@ -268,7 +270,9 @@ def test_extending_keeps_the_ids_that_there_were_and_leaves_the_text_tokenizer_a
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(tokenizer, make_config):
-    with pytest.raises(ValueError, match=r"tokenizer.*break_token.*eoss_token.*<code:0>.*<sentinel:0>.*extend_tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.*break_token.*eoss_token.*<code:0>.*<sentinel:0>.*extend_tokenizer"
+    ):
         CM3LeonProcessor(CM3LeonImageProcessor(), tokenizer)
     plain = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="</s>")
     with pytest.raises(ValueError, match="tokenizer.*pad_token"):
@@ -335,4 +339,7 @@ def test_a_text_models_tokenizer_adds_no_second_beginning(code_tokenizer):
     )
     assert tokenizer("a star")["input_ids"][-1] == tokenizer.eos_token_id
     processor = CM3LeonProcessor(CM3LeonImageProcessor(), tokenizer)
-    assert list(processor(text=["a star"])["input_ids"][0]) == processor.encode_document([text("a star")])["input_ids"][:-1]
+    assert (
+        list(processor(text=["a star"])["input_ids"][0])
+        == processor.encode_document([text("a star")])["input_ids"][:-1]
+    )

@@ -172,7 +172,9 @@ class CM3LeonConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds the configuration that was saved; refuses another family's, which would fill up with defaults."""
         if (family := config_dict.get("model_type", cls.model_type)) != cls.model_type:
-            raise ValueError(f"`model_type`={family!r} is not {cls.model_type!r}: this checkpoint is of another family.")
+            raise ValueError(
+                f"`model_type`={family!r} is not {cls.model_type!r}: this checkpoint is of another family."
+            )
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -241,9 +243,7 @@ class CM3LeonConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"`name`={name!r} is not a preset. Presets: {list(PRESETS)}.")
         layers, hidden_size, heads = PRESETS[name]
-        return cls(
-            **{"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads, **fields}
-        )
+        return cls(**{"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads, **fields})
 
 
 def token_range(vocabulary: dict[str, int], spelling: str) -> tuple[int, int]:

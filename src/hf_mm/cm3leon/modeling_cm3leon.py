@@ -91,9 +91,7 @@ class CM3LeonAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
+        output, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
 
@@ -540,9 +538,7 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
             if input_ids is not None:
                 labels = torch.where(labels == self.config.image_token_id, input_ids, labels)
             targets = shift_labels(labels, position_ids)
-            loss, text_loss, image_loss = self._losses(
-                hidden, targets, num_items_in_batch, num_image_items_in_batch
-            )
+            loss, text_loss, image_loss = self._losses(hidden, targets, num_items_in_batch, num_image_items_in_batch)
         return CM3LeonOutput(
             loss=loss,
             text_loss=text_loss,

@@ -59,7 +59,9 @@ def extend_tokenizer(
         raise ValueError(f"`tokenizer` lacks the special tokens {missing}. Set them, such as `pad_token='<pad>'`.")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"`tokenizer` is a {type(tokenizer).__name__}; give a fast tokenizer, of `tokenizers`.")
-    named = {name: present.pop(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name in present}
+    named = {
+        name: present.pop(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if name in present
+    }
     extended = PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer),
         **named,
