@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_mm.transfusion import TransfusionForConditionalGeneration, TransfusionModel
@@ -668,3 +669,28 @@ def test_the_training_forward_compiles_without_graph_breaks(make_model, lay_out,
         batch["position_ids"] = torch.arange(length)[None].expand(2, -1).contiguous()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch, use_cache=False).loss, model(**batch, use_cache=False).loss)
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes every reading of a value on the device, each of which makes the host wait for all work given before."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.events.append("wait")
+        return func(*args, **(kwargs or {}))
+
+
+def test_training_waits_for_the_device_only_before_the_long_work(make_model, lay_out):
+    model = make_model().train()
+    document = lay_out(model.config, BOS, 11, (4, 6), 12, EOS)
+    ids = torch.tensor([document * 2])
+    positions = torch.arange(len(document)).repeat(2)[None]
+    with HostWaits() as waits:
+        for layer in model.model.language_model.layers:
+            layer.register_forward_pre_hook(lambda *_: waits.events.append("layer"))
+        model(input_ids=ids, labels=ids, position_ids=positions, latents=torch.randn(2, 3, 4, 6)).loss.backward()
+    assert waits.events == ["wait"] * 3 + ["layer"] * 3  # one is the library's, which looks for packed documents

@@ -119,6 +119,49 @@ def refuse_off_grid(height: int, width: int, patch_size: int) -> None:
         raise ValueError(f"an image is {height} x {width} latent pixels; both must be multiples of {patch_size}.")
 
 
+def count_patches(shape: torch.Size, image_sizes: torch.Tensor | None, patch_size: int) -> list[int]:
+    """Patches of each image of latents of `shape`, in reading order.
+
+    Raises:
+        ValueError: If an image is no multiple of the patch size.
+    """
+    sizes = [tuple(shape[-2:])] * shape[0] if image_sizes is None else image_sizes.tolist()
+    for height, width in dict.fromkeys(map(tuple, sizes)):
+        refuse_off_grid(height, width, patch_size)
+    return [height * width // patch_size**2 for height, width in sizes]
+
+
+def find_patches(is_image: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Finds where the patches of the images stand, asking the device once whether the placeholders are right.
+
+    Args:
+        is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): True on placeholders.
+        lengths (`list[int]`): Patches of each image, in reading order.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_patches,)`: indices into the flattened batch.
+
+    Raises:
+        ValueError: If the runs of placeholders are not the images.
+    """
+    total = sum(lengths)
+    wrong_number = f"`input_ids` holds another number of image placeholders than the images' {total} patches."
+    if total > is_image.numel():
+        raise ValueError(wrong_number)
+    # A stable sort finds the patches without asking the device how many there are.
+    patch_index = torch.argsort((~is_image).flatten().to(torch.uint8), stable=True)[:total]
+    is_first = torch.cat([torch.arange(length) == 0 for length in lengths]).to(is_image.device, non_blocking=True)
+    has_number = is_image.sum() == total
+    has_lengths = (image_starts(is_image).flatten()[patch_index] == is_first).all()
+    wrong_lengths = "`input_ids`: the runs of image placeholders do not have the lengths of the images, in this order."
+    if torch.compiler.is_compiling():
+        torch._assert_async(has_number, wrong_number)
+        torch._assert_async(has_lengths, wrong_lengths)
+    elif not bool(has_number & has_lengths):
+        raise ValueError(wrong_lengths if bool(has_number) else wrong_number)
+    return patch_index
+
+
 def refuse_leaky_packing(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: Cache | None, use_cache: bool | None
 ) -> None:

@@ -29,11 +29,10 @@ from .layout_transfusion import (
     ImageStates,
     TransfusionModelOutput,
     TransfusionOutput,
+    count_patches,
+    find_patches,
     image_block_ids,
-    image_starts,
     refuse_leaky_packing,
-    refuse_off_grid,
-    refuse_unless,
 )
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
 from .patching_transfusion import UNetPatchIn, UNetPatchOut, build_patch_layers
@@ -209,13 +208,11 @@ class TransfusionModel(TransfusionPreTrainedModel):
             `torch.FloatTensor` of shape `(num_patches, hidden_size)` in reading order, and the groups by size.
         """
         if image_sizes is None:
-            refuse_off_grid(*latents.shape[-2:], self.config.patch_size)
             patches, skips = self.patch_in(latents, timesteps)
             everything = torch.arange(len(latents), device=latents.device)
             return patches.flatten(0, 1), [(everything, tuple(latents.shape[-2:]), skips)]
         groups, pieces = [], [torch.empty(0)] * len(latents)
         for height, width in dict.fromkeys(map(tuple, image_sizes.tolist())):
-            refuse_off_grid(height, width, self.config.patch_size)
             index = (image_sizes == image_sizes.new_tensor([height, width])).all(-1).nonzero().flatten()
             patches, skips = self.patch_in(latents[index, :, :height, :width], timesteps[index])
             groups.append((index, (height, width), skips))
@@ -277,24 +274,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if latents is not None:
             if timesteps is None:
                 timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
-            patches, groups = self.read_images(latents.to(inputs_embeds.dtype), timesteps, image_sizes)
             is_image = input_ids == self.config.image_token_id
-            refuse_unless(
-                is_image.sum() == len(patches),
-                f"`input_ids` holds another number of image placeholders than the images' {len(patches)} patches.",
-            )
+            lengths = count_patches(latents.shape, image_sizes, self.config.patch_size)
+            patch_index = find_patches(is_image, lengths)  # before the device has much to do, for the host waits here
+            patches, groups = self.read_images(latents.to(inputs_embeds.dtype), timesteps, image_sizes)
+            images = ImageStates(groups, timesteps, patch_index)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], patches.to(inputs_embeds.dtype))
             block_ids = image_block_ids(is_image)
-            # A stable sort finds the patches without asking the device how many there are.
-            patch_index = torch.argsort((~is_image).flatten().to(torch.uint8), stable=True)[: len(patches)]
-            images = ImageStates(groups, timesteps, patch_index)
-            firsts = [
-                torch.arange(length, device=latents.device) == 0 for length in images.lengths(self.config.patch_size)
-            ]
-            refuse_unless(
-                (image_starts(is_image).flatten()[patch_index] == torch.cat(firsts)).all(),
-                "`input_ids`: the runs of image placeholders do not have the lengths of the images, in this order.",
-            )
             attention_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids, block_ids)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -436,12 +422,11 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
         return {"num_items_in_batch": (targets != -100).sum(), "num_images_in_batch": num_images}
 
     def _text_loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
+        self, hidden: torch.Tensor, targets: torch.Tensor, index: torch.Tensor | None, num_items: Any
     ) -> torch.Tensor:
-        """Cross-entropy at the positions that have a target, the only ones whose logits are computed."""
+        """Cross-entropy at the positions of `index`, the only ones whose logits are computed."""
         flat, wanted = hidden.flatten(0, 1), targets.flatten()
-        if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position instead
-            index = (wanted != -100).nonzero().flatten()
+        if index is not None:
             flat, wanted = flat[index], wanted[index]
         total = F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=-100, reduction="sum")
         return total / ((wanted != -100).sum().clamp(min=1) if num_items is None else num_items)
@@ -536,6 +521,11 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
             use_cache = labels is None and self.config.text_config.use_cache
         if latents is None and pixel_values is not None:
             latents = self.model.encode_pixels(pixel_values, image_sizes)
+        targets = index = None
+        if labels is not None:
+            targets = self.text_targets(input_ids, labels, position_ids)
+            if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position
+                index = (targets.flatten() != -100).nonzero().flatten()  # the host waits, so before the long work
         inputs, target = latents, None
         if latents is not None and (labels is not None or timesteps is not None):
             if timesteps is None:
@@ -564,9 +554,8 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         if target is not None:
             noise_pred = self._predict_images(hidden, outputs.images, latents.shape)
-        if labels is not None:
-            targets = self.text_targets(input_ids, labels, position_ids)
-            loss = text_loss = self._text_loss(hidden, targets, num_items_in_batch)
+        if targets is not None:
+            loss = text_loss = self._text_loss(hidden, targets, index, num_items_in_batch)
             if target is not None:
                 image_loss = self._image_loss(noise_pred, target, outputs.images, clean_images, num_images_in_batch)
                 loss = text_loss + self.config.diffusion_loss_weight * image_loss
