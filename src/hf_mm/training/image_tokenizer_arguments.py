@@ -61,6 +61,12 @@ def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL |
     classes = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
     kind: Any = classes[arguments.image_tokenizer_class]
     if arguments.model_name_or_path is not None:
+        found = kind.load_config(arguments.model_name_or_path)["_class_name"]
+        if found != arguments.image_tokenizer_class:
+            raise ValueError(
+                f"`model_name_or_path`={arguments.model_name_or_path} is of class {found}. Set "
+                f"`image_tokenizer_class`={found}, or name an {arguments.image_tokenizer_class}."
+            )
         return kind.from_pretrained(arguments.model_name_or_path, use_safetensors=True)
     num_levels = len(arguments.block_out_channels)
     own = {"num_vq_embeddings": arguments.num_vq_embeddings, "vq_embed_dim": arguments.vq_embed_dim}
