@@ -358,6 +358,8 @@ class ImageGenerationMixin(GuidedGenerationMixin):
             max_new_tokens=span.tokens_per_image,
             do_sample=False,  # the last processor leaves one code only
             num_beams=1,
+            num_return_sequences=1,
+            min_new_tokens=0,
             guidance_scale=1.0,
             cache_implementation=cache_implementation,
         )

@@ -1,0 +1,144 @@
+"""Chameleon and Anole checkpoints that draw: transformers' own class behind the decoding of CM3Leon.
+
+The library's class reads pictures and writes text only; its forward forbids image codes. This one gives their logits
+too and says where they are; guidance, image spans and interleaving are then those of `generation_cm3leon.py`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .generation_cm3leon import ImageGenerationMixin
+from .logits_cm3leon import ImageSpan
+
+
+# Spelling of the tokens around an image, in the vocabulary of every Chameleon checkpoint.
+OPENING_TOKEN = "<racm3:break>"
+CLOSING_TOKEN = "<eoss>"
+
+
+class DrawingChameleonForConditionalGeneration(ImageGenerationMixin, ChameleonForConditionalGeneration):
+    """Chameleon with the scores of its image codes: draws images and writes text with images in between.
+
+    Loads any checkpoint of [`~transformers.ChameleonForConditionalGeneration`]; Meta's own were published without what
+    drawing needs, Anole was trained to draw again.
+
+    Args:
+        config (`ChameleonConfig`): With the `vocabulary_map` of the checkpoint.
+
+    Raises:
+        ValueError: If the vocabulary has no image codes in one range, or no tokens around images.
+
+    Source: Chameleon (arXiv 2405.09818), sections 2.1 and 2.4; Anole (arXiv 2407.06135).
+
+    Example:
+        >>> model = DrawingChameleonForConditionalGeneration.from_pretrained(checkpoint)  # doctest: +SKIP
+        >>> image_ids = model.draw_images(input_ids, sampling=CodeSampling(guidance_scale=3))  # doctest: +SKIP
+        >>> pixels = decode(model.image_codes(image_ids))  # doctest: +SKIP
+
+    """
+
+    def __init__(self, config: ChameleonConfig) -> None:
+        super().__init__(config)
+        ids = self.model.vocabulary_mapping.image_tokens
+        if not ids or ids != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError("`vocabulary_map` of `config` must hold the image codes, `IMGIMG...`, in one range of ids.")
+        if missing := [token for token in (OPENING_TOKEN, CLOSING_TOKEN) if token not in config.vocabulary_map]:
+            raise ValueError(f"`vocabulary_map` of `config` lacks {missing}, which stand around images.")
+
+    @property
+    def image_span(self) -> ImageSpan:
+        """Ids and length of an image, which stands between its two delimiters."""
+        vq, vocabulary = self.config.vq_config, self.config.vocabulary_map
+        ids = self.model.vocabulary_mapping.image_tokens
+        return ImageSpan(
+            first_image_token_id=ids[0],
+            image_vocab_size=len(ids),
+            tokens_per_image=(vq.resolution // 2 ** (len(vq.channel_multiplier) - 1)) ** 2,
+            opening_token_ids=(vocabulary[OPENING_TOKEN],),
+            closing_token_ids=(vocabulary[CLOSING_TOKEN],),
+            always_opens=True,
+        )
+
+    @property
+    def never_written(self) -> list[range]:
+        """The placeholder of images, and padding."""
+        singles = self.model.vocabulary_mapping.image_token_id, self.config.pad_token_id
+        return [range(token, token + 1) for token in singles if token is not None]
+
+    def unconditional_prompt(self) -> list[int]:
+        """Ids of a document that opens with an image. Source: Chameleon's inference code, as remembered."""
+        return [self.config.bos_token_id, *self.image_span.opening_token_ids]
+
+    def replace_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Puts the codes of pictures where their placeholders stand."""
+        if pixel_values is None:
+            return input_ids
+        ids = self.get_image_tokens(pixel_values).to(input_ids.dtype)
+        is_image = input_ids == self.model.vocabulary_mapping.image_token_id
+        if int(is_image.sum()) != ids.numel():
+            raise ValueError(
+                f"`input_ids` holds {int(is_image.sum())} image placeholders; `pixel_values` gives {ids.numel()} codes."
+            )
+        return input_ids.masked_scatter(is_image, ids)
+
+    def image_codes(self, image_ids: torch.Tensor) -> torch.Tensor:
+        """Turns ids of the vocabulary into codes of the image tokenizer, which stand in another order.
+
+        Args:
+            image_ids (`torch.LongTensor`): From `draw_images`, of any shape.
+
+        Returns:
+            `torch.LongTensor` of the same shape: codes from 0, for the VQ decoder.
+        """
+        mapping = self.model.vocabulary_mapping
+        codes = torch.tensor([mapping.bpe2img[token] for token in mapping.image_tokens], device=image_ids.device)
+        return codes[image_ids - self.image_span.first_image_token_id]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Does what the library's forward does, without forbidding image codes; see there for the arguments."""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["DrawingChameleonForConditionalGeneration"]
