@@ -67,11 +67,11 @@ def alpha_bars(num_timesteps=1000):
 
 def naive_ddpm(model, prompt, scale, num_steps, generator):
     """DDPM from the formulas: betas between the kept timesteps, posterior variance, no noise at the end."""
-    bars, stride = alpha_bars(), 1000 // num_steps
+    bars, times = alpha_bars(), [1000 * number // num_steps for number in reversed(range(num_steps))]
     x = torch.randn(1, 3, HEIGHT, WIDTH, generator=generator)
-    for time in [stride * number for number in reversed(range(num_steps))]:
+    for time, before in zip(times, [*times[1:], None], strict=True):
         noise = naive_guided(model, prompt, x, time, scale)
-        bar, bar_before = bars[time], bars[time - stride] if time >= stride else 1.0
+        bar, bar_before = bars[time], 1.0 if before is None else bars[before]
         beta = 1 - bar / bar_before
         clean = (x - math.sqrt(1 - bar) * noise) / math.sqrt(bar)
         mean = (

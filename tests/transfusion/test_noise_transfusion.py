@@ -10,7 +10,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from hf_mm.transfusion.noise_transfusion import NoiseProcess, build_scheduler, check_scheduler, sample_timesteps
+from hf_mm.transfusion.noise_transfusion import (
+    NoiseProcess,
+    build_scheduler,
+    check_scheduler,
+    sample_timesteps,
+    set_timesteps,
+)
 
 
 def cosine_alpha_bars(num_timesteps):
@@ -119,3 +125,28 @@ def test_a_scheduler_with_other_noise_levels_is_refused(make_config):
         check_scheduler(DDIMScheduler(num_train_timesteps=config.num_train_timesteps), config)
     with pytest.raises(ValueError, match="other noise levels"):
         check_scheduler(DDIMScheduler(num_train_timesteps=17, beta_schedule="squaredcos_cap_v2"), config)
+
+
+@pytest.mark.parametrize("num_steps", [25, 30, 250, 300, 600, 999, 1000])
+def test_steps_of_any_number_start_near_full_noise_and_end_at_the_first_timestep(make_config, num_steps):
+    scheduler = build_scheduler(make_config(prediction_type="epsilon"))
+    set_timesteps(scheduler, num_steps, torch.device("cpu"))
+    times = scheduler.timesteps.tolist()
+    assert len(times) == num_steps and times[-1] == 0 and 1000 - times[0] in (1000 // num_steps, 1000 // num_steps + 1)
+    assert {first - second for first, second in zip(times, times[1:], strict=False)} <= {
+        1000 // num_steps,
+        1000 // num_steps + 1,
+    }
+    if 1000 % num_steps == 0:
+        expected = build_scheduler(make_config(prediction_type="epsilon"))
+        expected.set_timesteps(num_steps)
+        assert times == expected.timesteps.tolist()
+
+
+def test_spacing_that_a_user_chose_stays(make_config):
+    config = build_scheduler(make_config(prediction_type="epsilon")).config
+    for kind, spacing in ((DDPMScheduler, "trailing"), (DDIMScheduler, "leading")):
+        ours, theirs = (kind.from_config(config, timestep_spacing=spacing) for _ in range(2))
+        set_timesteps(ours, 300, torch.device("cpu"))
+        theirs.set_timesteps(300)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()

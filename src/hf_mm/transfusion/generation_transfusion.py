@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
-from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler
+from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler, set_timesteps
 
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -352,7 +352,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         shape = self._latent_shape(len(attention_mask), height, width)
         self._check_drawing(scale, num_steps, scheduler, latents, shape, generator)
         device = attention_mask.device
-        scheduler.set_timesteps(num_steps, device=device)
+        set_timesteps(scheduler, num_steps, device)
         is_flow = self.config.prediction_type == "flow_prediction"
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

@@ -67,6 +67,30 @@ def check_scheduler(scheduler: SchedulerMixin, config: TransfusionConfig) -> Non
             )
 
 
+def set_timesteps(scheduler: SchedulerMixin, num_steps: int, device: torch.device) -> None:
+    """Sets the timesteps of a drawing: the scheduler's own, but evenly spread for DDPM with leading spacing.
+
+    diffusers rounds the stride down, so that 600 of 1000 steps would start at timestep 599, where a third of the
+    variance should be image already, though drawing starts from noise alone. Here the stride is not rounded; where it
+    is whole nothing differs.
+
+    Args:
+        scheduler (`SchedulerMixin`): Set in place.
+        num_steps (`int`): Denoising steps.
+        device (`torch.device`): Where the timesteps go.
+    """
+    total = scheduler.config.num_train_timesteps
+    if (
+        not isinstance(scheduler, DDPMScheduler)
+        or scheduler.config.timestep_spacing != "leading"
+        or not total % num_steps
+    ):
+        scheduler.set_timesteps(num_steps, device=device)
+        return
+    kept = [number * total // num_steps + scheduler.config.steps_offset for number in reversed(range(num_steps))]
+    scheduler.set_timesteps(timesteps=kept, device=device)
+
+
 def sample_timesteps(
     num_images: int,
     *,
