@@ -186,7 +186,8 @@ class DocumentBatches:
         window_length: int | None,
     ) -> None:
         self.processor, self.window_length = processor, window_length
-        self.max_tokens = window_length or model.config.get_text_config().max_position_embeddings
+        longest = model.config.get_text_config().max_position_embeddings
+        self.max_tokens = min(window_length or longest, longest)
         self.encodes_pictures = not reads_codes(model) and find_image_tokenizer(model) is not None
         kind, fields, self.num_reserved = choose_documents(model, spans)
         self.documents: Callable[..., TrainingDocuments] = partial(

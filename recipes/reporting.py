@@ -3,7 +3,7 @@
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from hf_mm.training.samples import save_captioned_grid
 
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "pretraining.md"
-LOSS_PARTS = {"text_loss": "num_items_in_batch", "image_loss": "num_images_in_batch"}
+
+
+def count_loss_parts(counts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tells the targets of each part of the loss: images stand beside the items, codes of images are among them."""
+    num_items = counts["num_items_in_batch"]
+    if "num_images_in_batch" in counts:
+        return {"text_loss": num_items, "image_loss": counts["num_images_in_batch"]}
+    num_codes = counts["num_image_items_in_batch"]
+    return {"text_loss": num_items - num_codes, "image_loss": num_codes}
 
 
 def first_captions(rows: Dataset, num_rows: int) -> list[str]:
@@ -112,10 +120,13 @@ class RunReport:
     ) -> Callable[[int], None]:
         """Returns the action that logs the loss on held-out rows."""
 
+        def count_parts(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return count_loss_parts(count_targets(batch))
+
         def evaluate(step: int) -> None:
             with self._averaged():
                 model = self.accelerator.unwrap_model(self.parts.model)
-                losses = held_out_loss(model, batches(), count_targets, LOSS_PARTS, self.accelerator.device)
+                losses = held_out_loss(model, batches(), count_parts, self.accelerator.device)
             self.accelerator.log({f"eval/{name}": value for name, value in losses.items()}, step=step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
             self.accelerator.print(f"\nStep {step}, held-out rows: {shown}.")

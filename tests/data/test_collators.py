@@ -80,11 +80,10 @@ def test_windows_hold_every_document_once_with_its_images_in_reading_order():
 
 def test_positions_restart_with_each_document_and_with_the_padding():
     batch = collate_documents(make_documents(), pad_token_id=PAD, window_length=23)
-    for row in range(len(batch["input_ids"])):
-        for place in range(1, 23):
-            expected = 0 if batch["input_ids"][row, place] == BOS else int(batch["position_ids"][row, place - 1]) + 1
-            is_first_pad = batch["input_ids"][row, place] == PAD and batch["input_ids"][row, place - 1] != PAD
-            assert int(batch["position_ids"][row, place]) == (0 if is_first_pad else expected)
+    for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True):
+        starts = [place for place in range(23) if ids[place] == BOS or (ids[place] == PAD and ids[place - 1] != PAD)]
+        for start, stop in itertools.pairwise([*starts, 23]):
+            assert positions[start:stop] == [place % 13 for place in range(stop - start)]  # 13: the longest
 
 
 def test_images_of_different_sizes_are_padded_and_their_sizes_told():
@@ -151,3 +150,8 @@ def test_documents_of_codes_are_packed_whole_and_have_nothing_beside_their_token
             else:
                 assert set(ids[start:stop]) == {PAD} and set(labels[start:stop]) == {-100}
     assert sorted(found) == sorted(lengths)
+
+
+def test_padding_is_cut_into_documents_no_longer_than_the_longest():
+    batch = collate_documents([code_document_of(5), code_document_of(3)], pad_token_id=PAD, window_length=17)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3]]

@@ -9,11 +9,13 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from transformers import AutoProcessor
 
+import encode_images
 import pretrain
 import train_text_tokenizer
 from building import DocumentBatches, ModelArguments, build_model, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
-from hf_mm.data.documents import load_texts
+from hf_mm.data.cm3_masking import SpanArguments
+from hf_mm.data.documents import DocumentLimit, load_texts
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
 from hf_mm.data.sources import DatasetArguments, open_rows
 from hf_mm.data.text_tokenizer import SPECIAL_TOKENS, load_text_tokenizer
@@ -23,6 +25,7 @@ from hf_mm.data.text_tokenizer import train_text_tokenizer as fit_text_tokenizer
 CAPTIONS = [f"{number} {color} {shape}s" for number, (color, shape) in enumerate(
     [("red", "star"), ("blue", "moon"), ("green", "kite"), ("white", "boat"), ("black", "cube"), ("pink", "ring"), ("grey", "drop")]
 )]  # fmt: skip
+LONG = "".join(map(chr, np.random.default_rng(0).integers(ord("a"), ord("z") + 1, 400)))  # no words to have tokens of
 
 
 def draw(seed: int) -> PILImage.Image:
@@ -111,7 +114,14 @@ def test_a_source_without_rows_held_out_gives_up_some_of_its_own(run, tmp_path):
     extra = pretrain.PretrainArguments(eval_dataset_split="validation")
     size = {"image_size": 16, "seed": 0}
     rows = pretrain.prepare_run_rows(
-        open_rows(data, **size), tokenizer, 50, data, CaptionArguments(), extra, size, tmp_path / "run"
+        open_rows(data, **size),
+        tokenizer,
+        DocumentLimit(70, 18, tokenizer),
+        data,
+        CaptionArguments(),
+        extra,
+        size,
+        tmp_path / "run",
     )
     trained, held_out = set(rows.pairs["text"]), set(rows.held_out["text"])
     assert len(held_out) == 1 and not trained & held_out and trained | held_out == set(CAPTIONS)
@@ -140,7 +150,8 @@ def documents(tmp_path, make_words):
     )
     config = load_config(arguments)
     model, processor = build_model(arguments, config, load_text_tokenizer(tmp_path / "tokenizer"))
-    batches = DocumentBatches(model, processor, DocumentArguments(image_first_share=0), {"description": 1.0}, None)
+    forms = {"description": 1.0}
+    batches = DocumentBatches(model, processor, DocumentArguments(image_first_share=0), SpanArguments(), forms, None)
     return batches, config.text_config.max_position_embeddings
 
 
@@ -175,6 +186,27 @@ def make_documents(texts: list[str], path) -> None:
     ]  # fmt: skip
     rows = [[{"text": None, "image": None, **part} for part in content] for content in rows]
     Dataset.from_dict({"content": rows}, features=Features({"content": List(part)})).to_parquet(path)
+
+
+def test_documents_longer_than_a_window_are_dropped_and_counted(run, tmp_path):
+    make_documents([*CAPTIONS[:4], LONG], tmp_path / "documents.parquet")
+    folder = run(dataset_name=tmp_path / "documents.parquet", window_length=150, max_steps=3)
+    assert report_of(folder)["dropped"] == {"too_long": 1}
+    assert report_of(folder)["examples"]["too_long"][0].startswith("4 (")
+
+
+def test_captions_of_encoded_pictures_that_are_too_long_are_dropped_and_counted(run, tmp_path):
+    captions = [*CAPTIONS[:-1], LONG]
+    make_pairs(text=captions, has_people=[True, *[False] * (len(captions) - 1)]).to_parquet(tmp_path / "pairs.parquet")
+    encode_images.main(
+        ["--dataset_name", str(tmp_path / "pairs.parquet"), "--image_size", "16", "--num_shards", "2",
+         "--output_dir", str(tmp_path / "encoded")]
+    )  # fmt: skip
+    folder = run(dataset_name=tmp_path / "encoded", max_steps=3)
+    assert report_of(folder)["dropped"] == {"too_long": 1}
+    assert report_of(folder)["num_rows_out"] == len(captions) - 1
+    folder = run("people", dataset_name=tmp_path / "encoded", people="exclude", tokenizer_name=folder)
+    assert report_of(folder)["dropped"] == {"people": 1, "too_long": 1}
 
 
 def test_documents_with_two_pictures_train(run, entries, tmp_path):

@@ -33,7 +33,7 @@ def stack_images(images: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 def collate_documents(
     documents: Sequence[Document], *, pad_token_id: int, window_length: int | None = None, image_key: str = "latents"
 ) -> dict[str, torch.Tensor]:
-    """Collates documents into windows; positions restart with each document, and padding is a document of its own.
+    """Collates documents into windows; positions restart with each document, and padding is documents of its own.
 
     Args:
         documents (`Sequence[Document]`): From [`NoisedDocuments`] or [`CodeDocuments`].
@@ -64,7 +64,7 @@ def collate_documents(
             labels[row, start:stop] = documents[index]["labels"]
             positions[row, start:stop] = np.arange(lengths[index])
             start = stop
-        positions[row, start:] = np.arange(length - start)
+        positions[row, start:] = np.arange(length - start) % max(lengths)  # a model may have no more positions
     batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
     batch = {name: torch.from_numpy(values) for name, values in batch.items()}
     ordered = [documents[index] for window in windows for index in window if "images" in documents[index]]

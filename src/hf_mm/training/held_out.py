@@ -10,8 +10,7 @@ from torch import nn
 def held_out_loss(
     model: nn.Module,
     batches: Iterable[Mapping[str, torch.Tensor]],
-    count_targets: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
-    loss_parts: Mapping[str, str],
+    count_targets: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor | int]],
     device: torch.device,
 ) -> dict[str, float]:
     """Averages each part of the loss over all targets of some batches.
@@ -19,23 +18,21 @@ def held_out_loss(
     Args:
         model (`nn.Module`): In evaluation mode afterwards.
         batches (`Iterable[dict]`): Finite.
-        count_targets (`Callable`): Gives the denominators of a batch.
-        loss_parts (`Mapping[str, str]`): Field of the output to the name of its denominator.
+        count_targets (`Callable`): Gives for each part of the loss, by its field of the output, the targets of a
+            batch.
         device (`torch.device`): Where the model is.
 
     Returns:
         `dict[str, float]`: the mean of each part that had a target.
     """
     model.eval()
-    sums = dict.fromkeys(loss_parts, 0.0)
-    totals = dict.fromkeys(loss_parts, 0)
+    sums: dict[str, float] = {}
+    totals: dict[str, int] = {}
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
-        counts = count_targets(batch)
         output = model(**batch)
-        for part, denominator in loss_parts.items():
-            value = getattr(output, part)
-            if value is not None:
-                sums[part] += value.item() * int(counts[denominator])
-                totals[part] += int(counts[denominator])
-    return {part: sums[part] / totals[part] for part in loss_parts if totals[part]}
+        for part, count in count_targets(batch).items():
+            if getattr(output, part) is not None:
+                sums[part] = sums.get(part, 0.0) + getattr(output, part).item() * int(count)
+                totals[part] = totals.get(part, 0) + int(count)
+    return {part: sums[part] / totals[part] for part in sums if totals[part]}

@@ -1,0 +1,180 @@
+import json
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline, VQModel
+from PIL import Image
+from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+import encode_images
+from hf_mm.data.image_encoding import read_manifest
+from hf_mm.training.checkpoint import list_checkpoints
+
+
+NUM_CODES = 23
+MICRO_CM3LEON = {
+    "model_type": "cm3leon",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 192,
+    "initializer_range": 0.05,
+    "image_size": 16,
+    "image_vocab_size": NUM_CODES,
+    "num_sentinel_tokens": 5,
+}
+PACKED = {"window_length": 220, "ema_decay": 0.9, "mean_spans": 1.5}
+
+
+def save_vq(folder, seed):
+    torch.manual_seed(seed)
+    vq = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(2, 4, 4),
+        layers_per_block=1,
+        latent_channels=3,
+        num_vq_embeddings=NUM_CODES,
+        norm_num_groups=2,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    vq.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def encode(tmp_path):
+    """Encodes embedded scenes into a folder."""
+
+    def make(folder, tokenizer, **fields):
+        fields = {"num_scenes": 23, "image_size": 16, "num_shards": 2, "output_dir": tmp_path / folder, **fields}
+        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        return encode_images.main([*words, "--image_tokenizer_name", str(tokenizer)])
+
+    return make
+
+
+@pytest.fixture
+def codes(tmp_path, encode):
+    """The fields of a micro run on codes."""
+    (tmp_path / "cm3leon.json").write_text(json.dumps(MICRO_CM3LEON))
+    tokenizer = save_vq(tmp_path / "vq", seed=0)
+    return {
+        "config_name": tmp_path / "cm3leon.json",
+        "image_tokenizer_name": tokenizer,
+        "dataset_name": encode("codes", tokenizer),
+        "max_spans": 5,
+    }
+
+
+def test_a_run_on_codes_leaves_a_folder_that_every_door_opens(run, entries, codes, tmp_path, capsys):
+    folder = run(max_steps=4, save_steps=2, sample_steps=2, eval_steps=2, eval_dataset_split="validation",
+                 num_eval_documents=5, ema_decay=0.9, **codes)  # fmt: skip
+    for name in ("samples.png", "loss_curves.png", "samples/step-000002.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 16
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    assert "Step 2, held-out rows: text_loss " in (shown := capsys.readouterr().out) and "image_loss" in shown
+    log = entries(folder)
+    assert log[4]["num_image_items_seen"] == 4 * 4 * 16 < log[4]["num_items_seen"]
+
+    model, processor = AutoModelForMultimodalLM.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert model.config.vocab_size == len(processor.tokenizer) and model.config.image_vocab_size == NUM_CODES
+    before = VQModel.from_pretrained(codes["image_tokenizer_name"], use_safetensors=True).state_dict()
+    for name, weight in model.image_tokenizer.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    first = DiffusionPipeline.from_pretrained(folder)("a red star", generator=torch.Generator().manual_seed(1))
+    second = pipeline("text-to-image", model=str(folder))("a red star", generator=torch.Generator().manual_seed(1))
+    assert first.images[0].size == (16, 16) and first.images[0].tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize(
+    "num_workers", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["no workers", "two workers"]
+)
+def test_a_killed_run_on_codes_resumes_with_the_losses_of_the_uninterrupted_one(
+    num_workers, run, make_command, entries, child_environment, codes, tmp_path
+):
+    settings = {**PACKED, **codes, "max_steps": 60, "save_steps": 3, "dataloader_num_workers": num_workers}
+    whole = entries(run("whole", **settings))
+    kill_after = random.Random(num_workers).randint(5, 40)
+    history = tmp_path / "cut" / "history.jsonl"
+    with (tmp_path / "errors").open("w") as errors:
+        child = subprocess.Popen(
+            make_command(1, "cut", **settings), env=child_environment, stdout=errors, stderr=errors
+        )
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            if history.exists() and history.read_bytes().count(b"\n") >= kill_after:
+                break
+            time.sleep(0.001)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, (tmp_path / "errors").read_text()
+    reached = max(entries(tmp_path / "cut"))
+    assert kill_after <= reached < 60
+
+    assert entries(run("cut", **settings)) == whole
+
+
+def test_accumulated_half_batches_of_codes_equal_one_batch(run, entries, codes):
+    whole = entries(run("whole", per_device_train_batch_size=8, max_steps=4, **codes))
+    halves = entries(run("halves", gradient_accumulation_steps=2, max_steps=4, **codes))
+    for name in ("loss", "text_loss", "image_loss", "grad_norm"):
+        apart = [abs(whole[step][name] / halves[step][name] - 1) for step in sorted(whole)]
+        assert max(apart[:2]) < 1e-6 and max(apart) < 1e-4, name
+    for name in ("num_items_seen", "num_image_items_seen"):
+        assert [entry[name] for entry in whole.values()] == [entry[name] for entry in halves.values()]
+
+
+def test_a_finished_model_of_codes_trains_further(run, entries, codes):
+    first = run("first", **codes)
+    further = {**codes, "config_name": None, "image_tokenizer_name": None, "model_name_or_path": first}
+    folder = run("second", learning_rate=1e-9, **further)
+    before, after = (AutoModelForMultimodalLM.from_pretrained(path) for path in (first, folder))
+    torch.testing.assert_close(before.lm_head.weight, after.lm_head.weight, rtol=0, atol=1e-6)
+    assert entries(folder)[1]["loss"] < entries(first)[1]["loss"]
+
+
+def test_text_only_rows_are_mixed_in(run, entries, codes, tmp_path):
+    (tmp_path / "texts").mkdir()
+    texts = {"text": ["one two three four. " * 60, "short", "an <eoss> in it"]}
+    Dataset.from_dict(texts).to_parquet(tmp_path / "texts" / "train.parquet")
+    folder = run(max_steps=6, text_dataset_name=tmp_path / "texts", window_length=150, **codes)
+    assert "Text-only rows: 2; 1 dropped" in (folder / "README.md").read_text()
+    assert 0 < entries(folder)[6]["num_image_items_seen"] < 6 * 4 * 16
+
+
+def test_rows_without_codes_are_refused_with_the_way_to_make_them(run, codes):
+    with pytest.raises(ValueError, match="'icon_scenes:shapes' has no column `codes`.*recipes/encode_images.py"):
+        run(**{**codes, "dataset_name": "icon_scenes:shapes"})
+    with pytest.raises(ValueError, match="'icon_scenes:icons' has no column `codes`"):
+        run(**codes, eval_dataset_name="icon_scenes:icons", eval_dataset_split="validation")
+
+
+def test_codes_are_refused_by_a_model_that_does_not_read_them(run, codes):
+    with pytest.raises(ValueError, match="holds codes, and the model reads pixels or latents"):
+        run(dataset_name=codes["dataset_name"])
+
+
+def test_rows_of_another_image_tokenizer_than_the_models_are_refused(run, codes, encode, tmp_path):
+    other = save_vq(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="encoded with another image tokenizer than the model's, .*vq.*'weights'"):
+        run(**{**codes, "image_tokenizer_name": other})
+    with pytest.raises(ValueError, match="model has none to draw with. Name it as `image_tokenizer_name`"):
+        run(**{**codes, "image_tokenizer_name": None, "config_overrides": "image_size=16"})
+    held_out = encode("held_out", other)
+    assert "weights" in read_manifest(held_out)["encoder"] and read_manifest("icon_scenes:shapes") is None
+    with pytest.raises(ValueError, match="held_out' was encoded with another image tokenizer"):
+        run(**codes, eval_dataset_name=held_out, eval_dataset_split="train")
+
+
+def test_a_window_without_room_for_spans_is_refused(run, codes):
+    with pytest.raises(ValueError, match="`window_length`=34 .* has no room for a picture and a caption"):
+        run(**codes, window_length=34)
+    with pytest.raises(ValueError, match="`max_spans`=16 is more than `num_sentinel_tokens`=5"):
+        run(**{**codes, "max_spans": 16})
