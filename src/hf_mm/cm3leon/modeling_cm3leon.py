@@ -6,7 +6,6 @@ Knows ids; strings and pictures are the processor's, span masking and packing th
 
 # Axes: B rows, L sequence, D hidden, V vocabulary, N pictures of all rows in reading order, K codes per picture.
 
-from collections.abc import Callable
 from typing import Any
 
 import torch

@@ -1,8 +1,8 @@
 """Text and images to `input_ids` and `pixel_values` for CM3Leon, and back; the only place that lays documents out.
 
 A document is `<eos> ... <eos>`, with `<break>` between two parts, each a text or the codes of a picture. What is
-unknown is a sentinel in its place, and follows behind the document as `<sentinel:i> ... <eoss>`. Knows strings, ids and
-pictures; which spans are masked in training is the data's.
+unknown is a sentinel in its place, and follows behind the document as `<sentinel:i> ... <eoss>`. Knows strings, ids
+and pictures; which spans are masked in training is the data's.
 """
 
 import copy
