@@ -48,6 +48,7 @@ class PretrainArguments:
     window_length: int | None = field(default=None, metadata={"help": "Pack documents into windows of that length."})
     text_dataset_name: str | None = field(default=None, metadata={"help": "Text-only rows: a Hub id or a folder."})
     text_dataset_config_name: str | None = field(default=None, metadata={"help": "Their configuration."})
+    text_dataset_split: str = field(default="train", metadata={"help": "Their split, e.g. train or train[:100000]."})
     text_dataset_column: str = field(default="text", metadata={"help": "Their column."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows; none: the same source."})
     eval_dataset_split: str | None = field(
@@ -124,6 +125,7 @@ def prepare_run_rows(
         return RunRows(pairs, None, held_out, shown)
     texts, num_dropped = load_texts(
         extra.text_dataset_name,
+        split=extra.text_dataset_split,
         config_name=extra.text_dataset_config_name,
         column=extra.text_dataset_column,
         reserved=tokenizer.all_special_tokens,

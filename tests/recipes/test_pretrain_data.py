@@ -136,6 +136,8 @@ def test_text_only_rows_are_mixed_in_and_long_ones_cut(run, entries, tmp_path):
     folder = run(text_dataset_column="prose", max_steps=6, image_first_share=1, **source)
     assert "Text-only rows: 3; 2 dropped" in (folder / "README.md").read_text()
     assert 0 < entries(folder)[6]["num_images_seen"] < 6 * 4
+    folder = run("some", text_dataset_column="prose", text_dataset_split="train[1:3]", max_steps=2, **source)
+    assert "Text-only rows: 1; 1 dropped" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="`text_dataset_column`='text' is not there. Columns here: .'prose'"):
         run("wrong", **source)
 
