@@ -56,6 +56,7 @@ def build_upkeep(
         lambda generator: pictures.draw(arguments.num_revival_images, generator),
         progress,
         seed=seed,
+        first_quantized_step=arguments.quantization_start_step,
         last_revival_step=arguments.last_code_revival_step,
     )
     return arguments.code_revival_steps, upkeep

@@ -111,6 +111,19 @@ def test_codes_are_trained_revived_and_reported_and_a_resumed_run_is_the_same_ru
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_quantization_begins_at_its_step_also_in_a_resumed_run(run_vq):
+    words = ["--quantization_start_step", "2"]
+    whole = run_vq("--max_steps", "5", *words)
+    entries = read_history(whole / "history.jsonl")
+    assert [entry["latent_loss"] > 0 for entry in entries] == [False, False, True, True, True]
+    assert ["used_code_share" in entry for entry in entries] == [False, False, False, False, True]
+    for steps in (2, 5):
+        cut = run_vq("--max_steps", str(steps), *words, folder="cut")
+    assert losses_of(cut) == losses_of(whole)
+    with pytest.raises(ValueError, match="`quantization_start_step`=3 must be a multiple of `code_revival_steps`=2"):
+        run_vq("--quantization_start_step", "3", folder="wrong")
+
+
 def test_a_trained_codebook_can_be_trained_further(run_vq):
     folder = run_vq("--max_steps", "2")
     further = run_vq("--max_steps", "2", "--model_name_or_path", str(folder), folder="further")

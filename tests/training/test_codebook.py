@@ -163,6 +163,23 @@ def test_before_the_first_step_all_codes_are_drawn_and_after_the_last_none() -> 
     assert progress.take_means() == {"used_code_share": 0, "code_perplexity": 1}
 
 
+def test_until_quantization_begins_latents_pass_as_they_are() -> None:
+    codec, progress, images = VQCodec(make_vq()), TrainingProgress(), make_images()
+    upkeep = make_upkeep(codec, progress=progress, first_quantized_step=40, last_revival_step=30)
+    before = codec.vq.quantize.embedding.weight.clone()
+    upkeep(20)
+    reconstruction, loss = codec(images)
+    latents = codec.vq.encode(images).latents
+    torch.testing.assert_close(reconstruction, codec.vq.decode(latents, force_not_quantize=True).sample)
+    assert not loss.any() and torch.equal(codec.vq.quantize.embedding.weight, before) and not codec.code_counts.any()
+    upkeep(40)
+    assert (codec.vq.quantize.embedding.weight != before).any(dim=1).all() and progress.take_means() == {}
+    torch.testing.assert_close(codec(images)[0], codec.vq(images).sample)
+    for step, is_quantizing in ((39, False), (40, True), (41, True)):
+        make_upkeep(codec, progress=TrainingProgress(step=step), first_quantized_step=40)
+        assert codec.is_quantizing == is_quantizing
+
+
 def test_reconstructions_are_drawn_from_codes(tmp_path) -> None:
     save_reconstructions(make_vq(lookup_from_codebook=True), make_images(2), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 500

@@ -96,15 +96,17 @@ class CodebookUpkeep:
     """Reports the usage of the codebook since the last call, and revives the codes that were not used.
 
     What is drawn depends on the seed, the step and the weights alone, and is the main process's, so all processes have
-    the same codes, and a resumed run goes on as one that was never stopped. Before the first step all codes are drawn.
+    the same codes, and a resumed run goes on as one that was never stopped. When quantization begins, all are drawn.
 
     Args:
         codec (`VQCodec`): Holds the codes and their counts.
         ema (`EMAModel`, *optional*): The average of the weights; a revived code enters it as it is.
         averaged (`Sequence[nn.Parameter]`): The parameters that the average is of, in its order.
         read_images (`Callable[[torch.Generator], torch.Tensor]`): Draws images `(N, C, H, W)` in [-1, 1].
-        progress (`TrainingProgress`): Takes `used_code_share` and `code_perplexity` into the log.
+        progress (`TrainingProgress`): Takes `used_code_share` and `code_perplexity` into the log. A resumed one tells
+            whether quantization has begun.
         seed (`int`): Of the run.
+        first_quantized_step (`int`, defaults to 0): Until the call of this step the codec does not quantize.
         last_revival_step (`int`, *optional*): From the step after it on codes are left as they are; none: never.
 
     """
@@ -118,10 +120,12 @@ class CodebookUpkeep:
         progress: TrainingProgress,
         *,
         seed: int,
+        first_quantized_step: int = 0,
         last_revival_step: int | None = None,
     ) -> None:
         self.codec, self.read_images, self.progress, self.seed = codec, read_images, progress, seed
-        self.last_revival_step = last_revival_step
+        self.first_quantized_step, self.last_revival_step = first_quantized_step, last_revival_step
+        codec.is_quantizing = progress.step >= first_quantized_step
         weight = codec.vq.quantize.embedding.weight
         self.code_tables = [weight.data]
         if ema is not None:
@@ -131,11 +135,14 @@ class CodebookUpkeep:
     def __call__(self, step: int) -> None:
         """Reports, revives, and counts anew; called by all processes after the same steps."""
         counts = self.codec.code_counts
-        if step > 0:
+        if step < self.first_quantized_step:
+            return
+        self.codec.is_quantizing = True
+        if step > self.first_quantized_step:
             usage = summarize_usage(counts)
             self.progress.add("used_code_share", usage.used_share)
             self.progress.add("code_perplexity", usage.perplexity)
-        if self.last_revival_step is None or step <= self.last_revival_step:
+        if step == self.first_quantized_step or self.last_revival_step is None or step <= self.last_revival_step:
             self._revive(counts == 0, step)
         counts.zero_()
 

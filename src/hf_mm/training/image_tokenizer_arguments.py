@@ -36,6 +36,9 @@ class ImageTokenizerArguments:
     code_revival_steps: int | None = field(
         default=200, metadata={"help": "Every so many steps usage is logged, and codes not used since are drawn anew."}
     )
+    quantization_start_step: int = field(
+        default=0, metadata={"help": "Step, a multiple of code_revival_steps, until which latents pass as they are."}
+    )
     last_code_revival_step: int | None = field(
         default=None, metadata={"help": "From the step after it on usage is logged only; none: never."}
     )
@@ -54,6 +57,9 @@ class ImageTokenizerArguments:
         """Refuses sizes that do not fit together."""
         if bad := [width for width in self.block_out_channels if width % self.norm_num_groups]:
             raise ValueError(f"`norm_num_groups`={self.norm_num_groups} does not divide `block_out_channels` {bad}.")
+        start, period = self.quantization_start_step, self.code_revival_steps
+        if start % (period or start + 1):
+            raise ValueError(f"`quantization_start_step`={start} must be a multiple of `code_revival_steps`={period}.")
 
 
 def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL | VQModel:

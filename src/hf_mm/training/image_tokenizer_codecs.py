@@ -59,13 +59,17 @@ class VQCodec(nn.Module):
         vq (`VQModel`): The tokenizer to train.
         commitment_weight (`float`, defaults to 0.25): Weight of the commitment beside that of the codebook's term.
 
+    Attributes:
+        is_quantizing (`bool`): Set to False, it passes latents on as they are, which lets encoder and decoder find
+            each other before there are codes.
+
     """
 
     code_counts: torch.Tensor
 
     def __init__(self, vq: VQModel, commitment_weight: float = 0.25) -> None:
         super().__init__()
-        self.vq, self.commitment_weight = vq, commitment_weight
+        self.vq, self.commitment_weight, self.is_quantizing = vq, commitment_weight, True
         self.register_buffer("code_counts", torch.zeros(vq.config.num_vq_embeddings, dtype=torch.long))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,10 +80,12 @@ class VQCodec(nn.Module):
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The reconstruction `(N, C, H, W)`, and the loss of the codebook and of
-            the commitment to it of each image `(N,)`, a mean over its latent.
+            the commitment to it of each image `(N,)`, a mean over its latent; 0 where nothing is quantized.
 
         """
         latents = self.vq.encode(pixel_values).latents.float()
+        if not self.is_quantizing:
+            return self._decode(latents), latents.new_zeros(len(latents))
         codes = find_codes(self.vq, latents)  # (N, h, w)
         if self.training:
             self._count(codes)
@@ -87,10 +93,12 @@ class VQCodec(nn.Module):
         codebook = (entries - latents.detach()).square()
         commitment = (entries.detach() - latents).square()
         quantized = latents + (entries - latents).detach()
-        # Not `vq.decode`, which would quantize again or, with `lookup_from_codebook`, take codes.
-        guide = quantized if self.vq.config.norm_type == "spatial" else None
-        reconstruction = self.vq.decoder(self.vq.post_quant_conv(quantized), guide)
-        return reconstruction, (codebook + self.commitment_weight * commitment).mean(dim=(1, 2, 3))
+        return self._decode(quantized), (codebook + self.commitment_weight * commitment).mean(dim=(1, 2, 3))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes without `vq.decode`, which would quantize again or, with `lookup_from_codebook`, take codes."""
+        guide = latents if self.vq.config.norm_type == "spatial" else None
+        return self.vq.decoder(self.vq.post_quant_conv(latents), guide)
 
     @torch.no_grad()
     def _count(self, codes: torch.Tensor) -> None:
