@@ -48,7 +48,7 @@ class DrawingChameleonForConditionalGeneration(ImageGenerationMixin, ChameleonFo
         super().__init__(config)
         ids = self.model.vocabulary_mapping.image_tokens
         if not ids or ids != list(range(ids[0], ids[0] + len(ids))):
-            raise ValueError("`vocabulary_map` of `config` must hold the image codes, `IMGIMG...`, in one range of ids.")
+            raise ValueError("`vocabulary_map` of `config` must hold image codes, `IMGIMG...`, in one range of ids.")
         if missing := [token for token in (OPENING_TOKEN, CLOSING_TOKEN) if token not in config.vocabulary_map]:
             raise ValueError(f"`vocabulary_map` of `config` lacks {missing}, which stand around images.")
 
@@ -82,9 +82,9 @@ class DrawingChameleonForConditionalGeneration(ImageGenerationMixin, ChameleonFo
             return input_ids
         ids = self.get_image_tokens(pixel_values).to(input_ids.dtype)
         is_image = input_ids == self.model.vocabulary_mapping.image_token_id
-        if int(is_image.sum()) != ids.numel():
+        if (count := int(is_image.sum())) != ids.numel():
             raise ValueError(
-                f"`input_ids` holds {int(is_image.sum())} image placeholders; `pixel_values` gives {ids.numel()} codes."
+                f"`input_ids` holds {count} image placeholders; `pixel_values` gives {ids.numel()} codes."
             )
         return input_ids.masked_scatter(is_image, ids)
 

@@ -332,7 +332,7 @@ class CM3LeonPipeline(DiffusionPipeline):
         )
         scores = self.reranker(**inputs.to(self.reranker.device)).logits_per_image  # (R, B)
         own = scores.unflatten(0, (len(prompts), -1)).diagonal(dim1=0, dim2=2).T  # (B, candidates)
-        order = own.argsort(-1, descending=True, stable=True).to(codes.device)
+        order = own.argsort(dim=-1, descending=True, stable=True).to(codes.device)
         starts = torch.arange(0, len(codes), own.shape[1], device=codes.device)
         return order + starts[:, None]
 

@@ -1,0 +1,464 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import ModelOutput
+from transformers.tokenization_utils_base import BatchEncoding
+
+from hf_mm.cm3leon import CM3LeonPipeline, CodeSampling, generation_cm3leon
+
+
+@pytest.fixture
+def make_pipeline(make_model, make_processor):
+    def make(**fields):
+        components = {name: fields.pop(name) for name in ("reranker", "reranker_processor") if name in fields}
+        model = make_model(**fields)
+        pipe = CM3LeonPipeline(model, make_processor(model.config), **components)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def codes_of(pipe, *args, **kwargs):
+    return pipe(*args, output_type="codes", **kwargs).images
+
+
+def test_a_prompt_gives_a_picture_and_a_list_a_list(make_pipeline):
+    pipe = make_pipeline()
+    assert [image.size for image in pipe("a red star").images] == [(8, 8)]
+    assert [image.size for image in pipe(["a red star", "kite"]).images] == [(8, 8)] * 2
+    assert len(pipe(["a red star", "kite"], num_images_per_prompt=3).images) == 6
+    (images,) = pipe("kite", return_dict=False)
+    assert len(images) == 1
+
+
+def test_every_output_type_shows_the_same_drawing(make_pipeline):
+    pipe = make_pipeline()
+    pil, array, tensor, codes = (
+        pipe("kite", output_type=name, generator=seeded(0)).images for name in ("pil", "np", "pt", "codes")
+    )
+    assert array.shape == (1, 8, 8, 3) and tensor.shape == (1, 3, 8, 8) and codes.shape == (1, 16)
+    np.testing.assert_allclose(array, tensor.numpy().transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(np.asarray(pil[0]), (array[0] * 255).round())
+    assert 0 <= codes.min() and codes.max() < pipe.model.config.image_vocab_size
+    pixels = pipe.model.decode_image_tokens(codes + pipe.model.config.first_image_token_id)
+    torch.testing.assert_close(tensor, (pixels / 2 + 0.5).clamp(0, 1))
+
+
+def test_the_drawing_is_the_models_behind_the_prompt_of_the_paper(make_pipeline):
+    pipe = make_pipeline()
+    tokenizer, config = pipe.processor.tokenizer, pipe.model.config
+    text = tokenizer("a red star", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[config.eos_token_id, *text, config.break_token_id]])
+    uncond = torch.tensor([[[config.eos_token_id, config.first_sentinel_token_id, config.break_token_id]]])
+    expected = pipe.model.draw_images(
+        ids, negative_input_ids=uncond, sampling=CodeSampling(guidance_scale=4.0, top_p=0.7), generator=seeded(3)
+    )
+    drawn = codes_of(pipe, "a red star", guidance_scale=4.0, top_p=0.7, generator=seeded(3))
+    assert torch.equal(drawn, expected - config.first_image_token_id)
+    default = codes_of(pipe, "a red star", generator=seeded(3))
+    scale = config.image_guidance_scale
+    assert torch.equal(default, codes_of(pipe, "a red star", guidance_scale=scale, generator=seeded(3)))
+    assert not torch.equal(default, codes_of(pipe, "a red star", guidance_scale=1, generator=seeded(3)))
+
+
+def test_a_generator_per_prompt_draws_the_same_whatever_the_batch(make_pipeline):
+    pipe = make_pipeline()
+    prompts = ["kite", "a red star on a white background", ""]
+    together = codes_of(pipe, prompts, num_images_per_prompt=2, generator=[seeded(seed) for seed in range(3)])
+    for number, prompt in enumerate(prompts):
+        alone = codes_of(pipe, prompt, num_images_per_prompt=2, generator=[seeded(number)])
+        assert torch.equal(alone, together[2 * number : 2 * number + 2])
+    assert torch.equal(codes_of(pipe, prompts[0], generator=seeded(0)), together[:1])
+    assert not torch.equal(together[:1], codes_of(pipe, prompts[0], generator=seeded(5)))
+
+
+def test_an_empty_prompt_draws_like_no_guidance_at_all(make_pipeline):
+    pipe = make_pipeline()
+    drawn = [codes_of(pipe, "", guidance_scale=scale, generator=seeded(0)) for scale in (1, 3)]
+    assert torch.equal(*drawn)
+
+
+def test_settings_of_drawing_reach_the_model(make_pipeline):
+    pipe = make_pipeline()
+    draw = lambda **settings: codes_of(pipe, "kite", generator=seeded(0), **settings)  # noqa: E731
+    greedy = draw(do_sample=False)
+    assert torch.equal(draw(top_k=1), greedy) and torch.equal(draw(top_p=1e-6), greedy)
+    contrastive = {"decoding": "contrastive", "contrastive_k": 3, "contrastive_alpha": 0.2}
+    variants = [
+        draw(),
+        draw(temperature=5.0),
+        draw(**contrastive),
+        draw(**contrastive, amateur_temperature=0.2),
+        greedy,
+    ]
+    assert len({tuple(codes[0].tolist()) for codes in variants}) == 5
+    assert torch.equal(draw(cache_implementation="static"), draw())
+
+
+def test_half_of_a_mix_is_either_way(make_pipeline):
+    pipe = make_pipeline()
+    settings = {"contrastive_k": 3, "contrastive_alpha": 0.2, "top_p": 0.6, "num_images_per_prompt": 4}
+    mixed, top_p, contrastive = (
+        codes_of(pipe, ["kite"], decoding=decoding, **settings, generator=[seeded(seed) for seed in range(4)])
+        for decoding in ("mixed", "top_p", "contrastive")
+    )
+    assert torch.equal(mixed, torch.cat([top_p[:2], contrastive[2:]]))
+
+
+def test_a_picture_before_the_prompt_changes_the_drawing(make_pipeline, picture):
+    pipe = make_pipeline()
+    plain, first, second = (
+        codes_of(pipe, "kite", generator=seeded(0), **images)
+        for images in ({}, {"image": picture(0)}, {"image": picture(1)})
+    )
+    assert not torch.equal(plain, first) and not torch.equal(first, second)
+    batch = codes_of(pipe, ["kite"] * 2, image=[picture(1), picture(0)], generator=[seeded(0), seeded(0)])
+    assert torch.equal(batch, torch.cat([second, first]))
+
+
+def test_the_streams_of_editing_are_the_document_with_less_and_less_known(make_pipeline, picture):
+    pipe = make_pipeline()
+    config, seen = pipe.model.config, []
+    draw = pipe.model.draw_images
+    pipe.model.draw_images = lambda *args, **kwargs: seen.append((args, kwargs)) or draw(*args, **kwargs)
+    pipe("kite", image=picture(0), guidance_scale=3.0, image_guidance_scale=1.5)
+    codes_of(pipe, "kite", image=picture(0), guidance_scale=3.0)
+    codes_of(pipe, "", image=picture(0), guidance_scale=1.0)
+    eos, unknown, opening = config.eos_token_id, config.first_sentinel_token_id, config.break_token_id
+    image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
+    text = pipe.processor.tokenizer("kite", add_special_tokens=False)["input_ids"]
+    (ids, _), kwargs = seen[0]
+    assert ids.tolist() == [[eos, *image, opening, *text, opening]]
+    rows = [
+        row[mask.bool()].tolist()
+        for row, mask in zip(kwargs["negative_input_ids"][0], kwargs["negative_attention_mask"][0], strict=True)
+    ]
+    textless = [eos, *image, opening, unknown, opening]
+    assert rows == [textless, [eos, unknown, opening]]
+    assert seen[1][1]["negative_input_ids"].tolist() == [[textless]]
+    assert seen[2][0][0].tolist() == [textless] and "negative_input_ids" not in seen[2][1]
+    pipe.model.draw_images = draw
+
+
+def test_a_callback_shows_the_picture_as_it_forms(make_pipeline):
+    pipe, seen = make_pipeline(), []
+
+    def callback(pipeline, step, timestep, given):
+        seen.append((step, timestep, pipeline.guidance_scale, pipeline.do_classifier_free_guidance, given["codes"]))
+
+    codes = codes_of(pipe, "kite", guidance_scale=2.0, callback_on_step_end=callback, num_images_per_prompt=2)
+    assert [entry[:4] for entry in seen] == [
+        (row, 4 * row + 4, 2.0, True) for row in range(4)
+    ] and pipe.num_timesteps == 4
+    assert all(torch.equal(entry[4], codes[:, : 4 * row + 4]) for row, entry in enumerate(seen))
+    halves = pipe.preview(seen[1][4], "pt")
+    assert (halves[:, :, 4:] == 0.5).all() and (halves[:, :, :4] != 0.5).any()
+    whole = pipe.preview(codes, "pt")
+    assert torch.equal(whole, pipe._decode(codes, "pt")) and len(pipe.preview(codes)) == 2
+
+
+def test_an_interrupted_drawing_stays_as_it_stands(make_pipeline):
+    pipe = make_pipeline()
+
+    def callback(pipeline, step, timestep, given):
+        pipeline._interrupt = step == 1
+
+    codes = codes_of(pipe, "kite", callback_on_step_end=callback)
+    assert codes.shape == (1, 8)
+    (image,) = pipe("kite", callback_on_step_end=callback).images
+    assert (np.asarray(image)[4:] == 128).all()
+    assert codes_of(pipe, "kite").shape == (1, 16) and not pipe.interrupt
+
+
+class RankByMean(torch.nn.Module):
+    """Stands for a CLIP: scores a picture by its mean against the length of the text."""
+
+    device = torch.device("cpu")
+
+    def forward(self, pixel_values, lengths):
+        means = pixel_values.flatten(1).mean(-1)
+        return ModelOutput(logits_per_image=means[:, None] * lengths[None])
+
+
+def read_for_ranking(text, images, **kwargs):
+    pixels = torch.stack([torch.from_numpy(np.array(image)).float() for image in images])
+    lengths = torch.tensor([1.0 if len(prompt) > 5 else -1.0 for prompt in text])
+    return BatchEncoding({"pixel_values": pixels, "lengths": lengths})
+
+
+def test_the_best_candidates_of_each_prompt_are_kept_best_first(make_pipeline):
+    pipe = make_pipeline()
+    pipe.register_modules(reranker=RankByMean(), reranker_processor=read_for_ranking)
+    prompts = ["kite", "a red star"]
+    generators = lambda: [seeded(0), seeded(1)]  # noqa: E731
+    every = pipe(prompts, num_images_per_prompt=7, generator=generators(), output_type="pt").images
+    best = pipe(prompts, num_images_per_prompt=2, num_candidates=7, generator=generators(), output_type="pt").images
+    pictures = (every * 255).round().flatten(1).mean(-1).unflatten(0, (2, 7))
+    lowest, highest = pictures[0].argsort()[:2], pictures[1].argsort(descending=True)[:2]
+    assert torch.equal(best, every[[*lowest.tolist(), *(7 + highest).tolist()]])
+
+
+def test_any_clip_ranks_and_travels_with_the_pipeline(make_pipeline, tmp_path, code_tokenizer):
+    from transformers import CLIPImageProcessorPil, CLIPProcessor
+
+    text = {"vocab_size": len(code_tokenizer), "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "max_position_embeddings": 6, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 10,
+        "patch_size": 5,
+    }
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=7)).eval()
+    tokenizer = copy.deepcopy(code_tokenizer)
+    tokenizer.model_max_length = 6
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 10}, crop_size={"height": 10, "width": 10}), tokenizer
+    )
+    pipe = make_pipeline(reranker=clip, reranker_processor=processor)
+    prompt = "a red star on a white background " * 3  # longer than the ranker reads
+    draw = {"num_candidates": 4, "generator": seeded(0), "output_type": "codes"}
+    best = pipe(prompt, **draw).images
+    assert best.shape == (1, 16)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.reranker, CLIPModel)
+    assert torch.equal(loaded(prompt, **{**draw, "generator": seeded(0)}).images, best)
+
+
+def test_a_pipeline_is_saved_and_loaded_by_every_door(make_pipeline, tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path)
+    expected = codes_of(pipe, "kite", generator=seeded(0))
+    for door in (CM3LeonPipeline, DiffusionPipeline, AutoPipelineForText2Image):
+        loaded = door.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        assert isinstance(loaded, CM3LeonPipeline) and loaded.reranker is None
+        assert torch.equal(codes_of(loaded, "kite", generator=seeded(0)), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["kite", 3]}, "prompt"),
+        ({"prompt": "a <break> kite"}, "<break>"),
+        ({"prompt": "a <image> kite"}, "<image>"),
+        ({"prompt": "a <code:3> kite"}, "<code:3>"),
+        ({"prompt": "kite " * 300}, "prompt.*positions"),
+        ({"height": 16}, "height.*16.*codes.*8 x 8"),
+        ({"width": 4}, "width.*4.*codes.*8 x 8"),
+        ({"guidance_scale": 0.3}, "guidance_scale.*0.3"),
+        ({"image_guidance_scale": 2.0}, "image_guidance_scale.*image"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"num_candidates": 2, "num_images_per_prompt": 3}, "num_candidates.*2.*3"),
+        ({"num_candidates": 2}, "num_candidates.*2.*reranker"),
+        ({"output_type": "jpeg"}, "output_type.*jpeg"),
+        ({"generator": [torch.Generator()] * 3}, "generator.*3"),
+        ({"decoding": "contrastive", "contrastive_k": 99, "contrastive_alpha": 0.1}, "contrastive_k.*99.*23"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_name(make_pipeline, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        make_pipeline()(**{"prompt": "kite", **arguments})
+
+
+def test_candidates_beyond_memory_are_refused_with_the_number_that_fits(make_pipeline, monkeypatch):
+    pipe = make_pipeline()
+    pipe.register_modules(reranker=RankByMean(), reranker_processor=read_for_ranking)
+    monkeypatch.setattr(generation_cm3leon, "free_memory", lambda device: 500_000)
+    with pytest.raises(ValueError, match=r"num_candidates`=1000 .* \d+ fit"):
+        pipe("kite", num_candidates=1000)
+
+
+def test_one_image_per_prompt_is_asked_for(make_pipeline, picture):
+    pipe = make_pipeline()
+    for images in (picture(), [picture()]):
+        with pytest.raises(ValueError, match="image"):
+            pipe(["kite", "star"], image=images)
+
+
+def test_a_model_without_an_image_tokenizer_gives_codes_only(make_pipeline):
+    pipe = make_pipeline(vq_config=None, image_size=32)
+    assert codes_of(pipe, "kite").shape == (1, 16)
+    with pytest.raises(ValueError, match="image tokenizer"):
+        pipe("kite")
+
+
+def test_models_of_another_family_and_half_a_reranker_are_refused(make_pipeline):
+    pipe = make_pipeline()
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=41, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    with pytest.raises(ValueError, match="model.*LlamaForCausalLM"):
+        CM3LeonPipeline(llama, pipe.processor)
+    with pytest.raises(ValueError, match="reranker_processor"):
+        CM3LeonPipeline(pipe.model, pipe.processor, reranker=llama)
+
+
+def test_captions_describe_each_picture(make_pipeline, picture):
+    pipe = make_pipeline()
+    together = pipe.caption([picture(0), picture(1)], max_new_tokens=5, do_sample=False)
+    assert together == [pipe.caption(picture(seed), max_new_tokens=5, do_sample=False)[0] for seed in (0, 1)]
+    assert len(pipe.caption(picture(0), prompt="a red", num_beams=2, num_return_sequences=2, max_new_tokens=3)) == 2
+
+
+class Write(LogitsProcessor):
+    """Writes given words, then ends the span; what it was asked behind is kept."""
+
+    def __init__(self, pipe, *texts):
+        tokenizer = pipe.processor.tokenizer
+        self.spans = [
+            [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eoss_token_id] for text in texts
+        ]
+        self.prompts, self.place = [], 0
+
+    def __call__(self, input_ids, scores):
+        if self.place == 0:
+            self.prompts.append(input_ids.clone())
+        token, self.place = self.spans[0][self.place], self.place + 1
+        if self.place == len(self.spans[0]):
+            self.spans, self.place = self.spans[1:], 0
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token] = 0
+        return forced
+
+
+def test_a_caption_is_asked_for_by_the_infill_prompt_and_ends_with_its_span(make_pipeline, picture):
+    pipe = make_pipeline()
+    config = pipe.model.config
+    write = Write(pipe, "a red star")
+    texts = pipe.caption(picture(0), max_new_tokens=64, logits_processor=LogitsProcessorList([write]))
+    assert texts == ["a red star"] and not write.spans
+    image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
+    eos, unknown = config.eos_token_id, config.first_sentinel_token_id
+    assert write.prompts[0].tolist() == [[eos, unknown, config.break_token_id, *image, eos, unknown]]
+
+
+def test_gaps_of_a_caption_are_filled_one_after_the_other(make_pipeline, picture):
+    pipe = make_pipeline()
+    write = Write(pipe, " red", " white background")
+    processors = LogitsProcessorList([write])
+    texts = pipe.infill_caption(picture(0), "a ___ star on a ___", logits_processor=processors)
+    assert texts == ["a red star on a white background"]
+    config, tokenizer = pipe.model.config, pipe.processor.tokenizer
+    image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
+    first = config.first_sentinel_token_id
+    pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " star on a", " red")]
+    document = [
+        config.eos_token_id,
+        *pieces[0],
+        first,
+        *pieces[1],
+        first + 1,
+        config.break_token_id,
+        *image,
+        config.eos_token_id,
+    ]
+    assert write.prompts[0].tolist() == [[*document, first]]
+    assert write.prompts[1].tolist() == [[*document, first, *pieces[2], config.eoss_token_id, first + 1]]
+
+
+def test_texts_with_different_numbers_of_gaps_are_filled_together(make_pipeline, picture):
+    pipe = make_pipeline()
+    images, texts = [picture(0), picture(1)], ["a * star *", "*"]
+    arguments = {"blank": "*", "max_new_tokens": 4, "do_sample": False}
+    together = pipe.infill_caption(images, texts, **arguments)
+    assert together == [pipe.infill_caption(*pair, **arguments)[0] for pair in zip(images, texts, strict=True)]
+    with pytest.raises(ValueError, match="no gap.*___"):
+        pipe.infill_caption(images, "a star")
+    with pytest.raises(ValueError, match="text.*1.*2"):
+        pipe.infill_caption(images, ["___"])
+
+
+@pytest.mark.parametrize("prompt", ["", "a red star"])
+def test_a_region_is_drawn_anew_and_the_rest_stays(make_pipeline, picture, prompt):
+    pipe = make_pipeline()
+    known = torch.tensor(pipe._read_codes([picture(0)]))
+    drawn = [
+        pipe.infill_region(
+            picture(0), (2, 2, 6, 5), prompt, generator=seeded(seed), output_type="codes", num_images_per_prompt=3
+        ).images
+        for seed in (0, 0, 1)
+    ]
+    inside = torch.tensor(pipe.processor.box_mask((2, 2, 6, 5)))
+    assert inside.tolist() == [False] * 5 + [True] * 2 + [False] * 2 + [True] * 2 + [False] * 5
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert all(torch.equal(codes[:, ~inside], known[:, ~inside].expand(3, -1)) for codes in drawn)
+    assert (drawn[0][:, inside] != known[:, inside]).any()
+    (image,) = pipe.infill_region(picture(0), (0, 0, 8, 8), prompt).images
+    assert isinstance(image, Image.Image) and image.size == (8, 8)
+
+
+def test_a_region_is_drawn_behind_the_document_with_one_span_missing(make_pipeline, picture):
+    pipe = make_pipeline()
+    config, rows = pipe.model.config, []
+    draw = pipe.model.draw_images
+    pipe.model.draw_images = lambda *args, **kwargs: rows.append((args, kwargs)) or draw(*args, **kwargs)
+    pipe.infill_region([picture(0), picture(1)], (2, 2, 6, 5), ["kite", "kite"], guidance_scale=2.0)
+    pipe.model.draw_images = draw
+    ((ids, _), kwargs), first = rows[0], config.first_sentinel_token_id
+    eos, opening = config.eos_token_id, config.break_token_id
+    image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
+    text = pipe.processor.tokenizer("kite", add_special_tokens=False)["input_ids"]
+    assert ids[0].tolist() == [eos, *text, opening, *image[:5], first, *image[11:], eos, first]
+    textless = [eos, first, opening, *image[:5], first + 1, *image[11:], eos, first + 1]
+    assert kwargs["negative_input_ids"][0].tolist() == [textless]
+    codes = [token - config.first_image_token_id for token in image]
+    assert kwargs["given_codes"][0].tolist() == [-1, -1, codes[7], codes[8], -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"box": (2, 2, 2, 5)}, "box"),
+        ({"box": (0, 0, 9, 8)}, "box"),
+        ({"prompt": ["kite", "star"]}, "prompt.*2.*1"),
+        ({"output_type": "jpeg"}, "jpeg"),
+        ({"top_p": 0}, "top_p.*0"),
+        ({"image_guidance_scale": 2}, "image_guidance_scale.*2"),
+    ],
+)
+def test_regions_that_cannot_be_drawn_are_refused(make_pipeline, picture, arguments, match):
+    with pytest.raises(ValueError, match=match):
+        make_pipeline().infill_region(**{"image": picture(0), "box": (2, 2, 6, 5), **arguments})
+
+
+class BeginImages(LogitsProcessor):
+    """Begins an image wherever one may stand, and opens one elsewhere."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.config.eos_token_id] = -torch.inf
+        scores[:, self.config.break_token_id] += 50
+        scores[:, self.config.first_image_token_id] += 100
+        return scores
+
+
+def test_interleaved_answers_hold_text_and_pictures(make_pipeline, picture):
+    pipe = make_pipeline()
+    documents = pipe.interleave(
+        ["kite", "a star with <image>"], image=[picture()], max_images=2, max_new_tokens=3, generator=seeded(0),
+        sampling={"top_p": 0.9}, guidance_scale=2.0,
+        logits_processor=LogitsProcessorList([BeginImages(pipe.model.config)]),
+    )  # fmt: skip
+    assert len(documents) == 2
+    assert all(isinstance(part, str) or part.size == (8, 8) for document in documents for part in document)
+    assert [sum(not isinstance(part, str) for part in document) for document in documents] == [2, 2]
