@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, VQModel
 from PIL import Image
 
 import encode_images
@@ -119,6 +119,62 @@ def test_without_a_tokenizer_pixels_are_kept_as_they_are(rows_file: str, tmp_pat
     rows = load_encoded(encode_images.main(arguments(rows_file, tmp_path / "out")))
     assert rows[:]["pixels"].dtype == np.uint8
     assert np.array_equal(rows[:]["pixels"] / np.float32(127.5) - 1, pictures(rows_file))
+
+
+def save_vq(folder: Path) -> VQModel:
+    torch.manual_seed(0)
+    vq = VQModel(
+        block_out_channels=(4, 6),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=CHANNELS,
+        num_vq_embeddings=31,
+    )
+    torch.nn.init.normal_(vq.quantize.embedding.weight, 0.0, 0.3)
+    vq.save_pretrained(folder)
+    return vq.eval()
+
+
+def test_codes_are_those_of_the_tokenizer_row_by_row(rows_file: str, tmp_path: Path) -> None:
+    vq = save_vq(tmp_path / "vq")
+    folder = encode_images.main(arguments(rows_file, tmp_path / "out", "--image_tokenizer_name", tmp_path / "vq"))
+    codes = load_encoded(folder)[:]["codes"]
+    assert codes.shape == (NUM_ROWS, (IMAGE_SIZE // 2) ** 2) and 0 <= codes.min() < codes.max() < 31
+    side = IMAGE_SIZE // 2
+    grid = torch.from_numpy(codes).long().view(NUM_ROWS, side, side)
+    with torch.no_grad():
+        entries = vq.quantize.embedding(grid).permute(0, 3, 1, 2)
+        ours, wanted = vq.decode(entries, force_not_quantize=True).sample, vq(pictures(rows_file)).sample
+    assert torch.allclose(ours, wanted, atol=1e-4)
+    rows = load_encoded(folder)
+    assert rows["text"][:] == [f"picture {number}" for number in range(NUM_ROWS)] and "image" not in rows.column_names
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["stride"] == 2 and manifest["encoder"]["num_codes"] == 31
+    assert manifest["encoder"]["code_grid"] == [side, side] and len(manifest["encoder"]["weights"]) == 32
+
+
+def test_codes_of_another_codebook_are_refused_and_a_cut_off_run_is_finished(rows_file: str, tmp_path: Path) -> None:
+    vq = save_vq(tmp_path / "vq")
+    options = arguments(rows_file, tmp_path / "out", "--image_tokenizer_name", tmp_path / "vq")
+    folder = encode_images.main(options)
+    wanted = load_encoded(folder)[:]["codes"]
+    (folder / "shard-00001-of-00003.arrow").unlink()
+    assert np.array_equal(load_encoded(encode_images.main(options))[:]["codes"], wanted)
+    with torch.no_grad():
+        vq.quantize.embedding.weight[7] += 1
+    vq.save_pretrained(tmp_path / "vq")
+    with pytest.raises(ValueError, match="holds images encoded otherwise: `encoder` was"):
+        encode_images.main(options)
+
+
+def test_a_tokenizer_of_another_class_is_refused(rows_file: str, tmp_path: Path) -> None:
+    AsymmetricAutoencoderKL(
+        down_block_out_channels=(4,), up_block_out_channels=(4,), norm_num_groups=2
+    ).save_pretrained(tmp_path / "other")
+    options = arguments(rows_file, tmp_path / "out", "--image_tokenizer_name", tmp_path / "other")
+    with pytest.raises(ValueError, match="is of class AsymmetricAutoencoderKL. Name an AutoencoderKL or a VQModel"):
+        encode_images.main(options)
 
 
 def test_a_size_off_the_grid_is_refused(rows_file: str, tmp_path: Path) -> None:
