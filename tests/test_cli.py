@@ -12,8 +12,18 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from hf_mm import TransfusionConfig, TransfusionForConditionalGeneration, TransfusionPipeline, TransfusionProcessor
+from hf_mm import (
+    CM3LeonConfig,
+    CM3LeonForConditionalGeneration,
+    CM3LeonPipeline,
+    CM3LeonProcessor,
+    TransfusionConfig,
+    TransfusionForConditionalGeneration,
+    TransfusionPipeline,
+    TransfusionProcessor,
+)
 from hf_mm.cli import app
+from hf_mm.cm3leon import extend_tokenizer
 from hf_mm.data.text_tokenizer import train_text_tokenizer
 
 
@@ -49,6 +59,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
         model, TransfusionProcessor.from_config(config, tokenizer), model.default_scheduler()
     )
     pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def code_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_vq: dict) -> str:
+    """A CM3Leon checkpoint."""
+    num_codes = tiny_vq["num_vq_embeddings"]
+    tokenizer = extend_tokenizer(train_text_tokenizer(["a red star", "a blue heart"] * 3, 271), num_codes, 7)
+    config = CM3LeonConfig(
+        vocab_size=331,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=61,
+        image_size=IMAGE_SIZE,
+        image_vocab_size=num_codes,
+        num_sentinel_tokens=7,
+        first_image_token_id=0,
+        first_sentinel_token_id=100,
+        break_token_id=200,
+        eoss_token_id=201,
+        image_token_id=202,
+        pad_token_id=203,
+        eos_token_id=204,
+        initializer_range=0.4,
+        vq_config=tiny_vq,
+    )
+    config.set_tokenizer(tokenizer)
+    torch.manual_seed(0)
+    model = CM3LeonForConditionalGeneration(config)
+    folder = tmp_path_factory.mktemp("code_checkpoint")
+    CM3LeonPipeline(model, CM3LeonProcessor.from_config(config, tokenizer)).save_pretrained(folder)
     return str(folder)
 
 
@@ -117,6 +159,29 @@ def test_steps_guidance_and_size_reach_the_drawing(checkpoint: str, tmp_path: Pa
     assert draw("again.png").tobytes() == plain.tobytes()
     assert draw("steps.png", "--num-inference-steps", 2).tobytes() != plain.tobytes()
     assert draw("scale.png", "--guidance-scale", 1).tobytes() != plain.tobytes()
+
+
+def test_a_checkpoint_of_codes_draws_and_describes_by_the_same_commands(code_checkpoint: str, tmp_path: Path) -> None:
+    options = ["--model", code_checkpoint, "--seed", 5, "--guidance-scale", 2, "--output", tmp_path / "star.png"]
+    result = run("generate", "a red star", "a blue heart", "--num-images", 2, "--top-p", 0.9, *options)
+    assert result.exit_code == 0, result.output
+    assert [line.split("(")[1] for line in result.stdout.splitlines()] == [f"seed {seed})" for seed in (5, 6, 7, 8)]
+    together = (tmp_path / "star-2.png").read_bytes()
+    run("generate", "a blue heart", "--top-p", 0.9, *options, "--seed", 7)
+    assert (tmp_path / "star.png").read_bytes() == together
+    run("generate", "a blue heart", "--temperature", 9, *options, "--seed", 7)
+    assert (tmp_path / "star.png").read_bytes() != together
+    captioned = run("caption", tmp_path / "star.png", "--model", code_checkpoint, "--max-new-tokens", 4)
+    assert captioned.exit_code == 0 and captioned.stdout.startswith(f"{tmp_path / 'star.png'}: ")
+
+
+def test_options_of_the_other_family_are_refused(checkpoint: str, code_checkpoint: str, tmp_path: Path) -> None:
+    output = ["--output", tmp_path / "a.png"]
+    message = failure(run("generate", "a", "--model", code_checkpoint, "--num-inference-steps", 3, *output))
+    assert "--num-inference-steps: a CM3LeonPipeline has no such option" in message
+    message = failure(run("generate", "a", "--model", checkpoint, "--top-p", 0.5, "--temperature", 2, *output))
+    assert "--temperature, --top-p: a TransfusionPipeline has no such option" in message
+    assert "`height`=4" in failure(run("generate", "a", "--model", code_checkpoint, "--height", 4, *output))
 
 
 def test_without_a_seed_the_seed_drawn_is_told(checkpoint: str, tmp_path: Path) -> None:

@@ -80,6 +80,20 @@ def test_bad_input_is_refused_as_everywhere(drawing, prompt, arguments, match):
         drawing(prompt, **arguments)
 
 
+def test_a_model_of_codes_draws_by_the_same_task(make_cm3leon, make_cm3leon_processor):
+    model = make_cm3leon()
+    drawing = pipeline("text-to-image", model=model, processor=make_cm3leon_processor(model.config))
+    assert drawing("kite", top_p=0.9, temperature=2.0).size == (8, 8)
+    assert [len(images) for images in drawing(["kite", "star"], num_images_per_prompt=2, batch_size=2)] == [2, 2]
+    with pytest.raises(TypeError, match="num_inference_steps.*top_p"):
+        drawing("kite", num_inference_steps=3)
+
+
+def test_an_argument_of_the_other_family_is_refused(drawing):
+    with pytest.raises(TypeError, match="top_p.*num_inference_steps"):
+        drawing("kite", top_p=0.9)
+
+
 def test_a_model_that_does_not_draw_is_refused_by_name(drawing):
     config = LlamaConfig(vocab_size=41, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     with pytest.raises(ValueError, match="LlamaForCausalLM"):
