@@ -54,6 +54,15 @@ def test_other_schedules(kind: str, last: float) -> None:
     assert rates(recipe, 8)[7] == pytest.approx(last)
 
 
+def test_linear_ends_at_the_floor_too() -> None:
+    recipe = TrainingRecipe(
+        learning_rate=6e-4, min_learning_rate=6e-5, lr_scheduler_type="linear", warmup_steps=10, max_steps=110
+    )
+    seen = rates(recipe, 112)
+    assert seen[5] == pytest.approx(3e-4) and seen[10] == pytest.approx(6e-4) and seen[60] == pytest.approx(3.3e-4)
+    assert seen[110] == seen[111] == pytest.approx(6e-5)
+
+
 def test_ema_weights_are_swapped_in_and_back_even_after_an_error() -> None:
     model = make_model()
     ema = build_ema(model, TrainingRecipe(ema_decay=0.5))

@@ -105,7 +105,7 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Ada
 
 
 def build_lr_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainingRecipe) -> LRScheduler:
-    """Builds the schedule: linear warm-up from 0, then cosine to the floor, linear to 0, or constant.
+    """Builds the schedule: linear warm-up from 0, then cosine or linear to the floor, or constant.
 
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer itself, not the one that accelerate wraps.
@@ -117,6 +117,8 @@ def build_lr_scheduler(optimizer: torch.optim.Optimizer, recipe: TrainingRecipe)
     """
     if recipe.lr_scheduler_type == "cosine":
         name, kwargs = "cosine_with_min_lr", {"min_lr": recipe.min_learning_rate}
+    elif recipe.lr_scheduler_type == "linear":  # what the library calls linear has no floor
+        name, kwargs = "polynomial", {"lr_end": recipe.min_learning_rate, "power": 1.0}
     else:
         name, kwargs = recipe.lr_scheduler_type, {}
     return get_scheduler(name, optimizer, recipe.warmup_steps, recipe.max_steps, scheduler_specific_kwargs=kwargs)

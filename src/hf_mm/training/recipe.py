@@ -165,7 +165,7 @@ class TrainingRecipe:
     per_device_train_batch_size: int = _described(8, "Rows in one forward pass on one device.")
     gradient_accumulation_steps: int = _described(1, "Forward passes per optimizer step.")
     learning_rate: float = _described(3e-4, "Peak learning rate.")
-    min_learning_rate: float = _described(0.0, "Learning rate at the end of the cosine schedule.")
+    min_learning_rate: float = _described(0.0, "Learning rate at the end of a cosine or linear schedule.")
     warmup_steps: int = _described(0, "Steps of linear warm-up from 0.")
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = _described("cosine", "Schedule.")
     weight_decay: float = _described(0.1, "Decoupled weight decay of parameters with two dimensions or more.")
@@ -219,9 +219,9 @@ class TrainingRecipe:
                 f"`min_learning_rate`={self.min_learning_rate} is above `learning_rate`={self.learning_rate}. "
                 "Lower it, or set it to 0."
             )
-        if self.min_learning_rate > 0 and self.lr_scheduler_type != "cosine":
+        if self.min_learning_rate > 0 and self.lr_scheduler_type == "constant_with_warmup":
             raise ValueError(
-                f"`min_learning_rate`={self.min_learning_rate} needs `lr_scheduler_type`=cosine, "
+                f"`min_learning_rate`={self.min_learning_rate} needs `lr_scheduler_type`=cosine or linear, "
                 f"not {self.lr_scheduler_type}. Set it to 0, or change the schedule."
             )
         if self.warmup_steps >= self.max_steps:
