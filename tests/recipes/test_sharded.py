@@ -28,7 +28,7 @@ def run_sharded(make_words, child_environment):
         done = subprocess.run(
             command + make_words(folder, **fields),
             env={**child_environment, "ACCELERATE_USE_FSDP": "true", **environment},
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 
