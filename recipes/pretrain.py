@@ -3,6 +3,7 @@
 accelerate launch recipes/pretrain.py --config recipes/configs/transfusion_tiny_pretrain.yaml
 accelerate launch recipes/pretrain.py --config recipes/configs/transfusion_tiny_pretrain.yaml \
     --dataset_name "my/pictures" --text_column caption --output_dir runs/mine
+accelerate launch recipes/pretrain.py --config recipes/configs/cm3leon_tiny_pretrain.yaml  # on codes: see the file
 
 The same command goes on where a stopped run was. The output folder is then a Hub repo folder.
 """

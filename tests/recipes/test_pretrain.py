@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
+import encode_images
 import hf_mm  # noqa: F401
 from hf_mm.training.checkpoint import list_checkpoints
 
@@ -158,6 +159,26 @@ def test_a_frozen_image_tokenizer_encodes_pictures_while_training(run, entries, 
     for name, weight in model.vae.state_dict().items():
         assert torch.equal(weight, before[name]), name
     assert DiffusionPipeline.from_pretrained(folder)("a red star").images[0].size == (16, 16)
+
+
+def test_latents_of_another_image_tokenizer_than_the_models_are_refused(run, entries, vae_folder, tmp_path):
+    words = f"--num_scenes 9 --image_size 16 --patch_size 2 --output_dir {tmp_path / 'latents'}"
+    rows = encode_images.main([*words.split(), "--image_tokenizer_name", str(vae_folder)])
+    fields = {"dataset_name": rows, "config_overrides": "patch_size=2"}
+    assert len(entries(run(image_tokenizer_name=vae_folder, **fields))) == 2
+
+    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True)
+    vae.register_to_config(scaling_factor=0.9)
+    vae.save_pretrained(tmp_path / "rescaled")
+    with pytest.raises(ValueError, match=r"another image tokenizer than the model's.*'scaling_factor': \(0.7, 0.9\)"):
+        run("rescaled", image_tokenizer_name=tmp_path / "rescaled", **fields)
+    vae.register_to_config(scaling_factor=0.7)
+    vae.decoder.conv_out.bias.data.fill_(0.5)
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another image tokenizer than the model's.*'weights'"):
+        run("other", image_tokenizer_name=tmp_path / "other", **fields)
+    with pytest.raises(ValueError, match="the model has none to draw with. Name it as `image_tokenizer_name`"):
+        run("none", **fields)
 
 
 def test_a_finished_model_trains_further(run, entries):

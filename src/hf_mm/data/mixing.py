@@ -53,9 +53,13 @@ class DocumentArguments:
         if self.noise_cap is not None and self.noise_cap < 1:
             raise ValueError(f"`noise_cap`={self.noise_cap} must be at least 1. None switches it off.")
 
-    def with_defaults(self, **defaults: float) -> "DocumentArguments":
-        """Returns a copy in which fields that are None have these values."""
-        return replace(self, **{name: value for name, value in defaults.items() if vars(self)[name] is None})
+    def with_defaults(self, *, image_first_share: float, caption_dropout: float) -> "DocumentArguments":
+        """Returns a copy in which shares that are None have these values."""
+        if self.image_first_share is not None:
+            image_first_share = self.image_first_share
+        if self.caption_dropout is not None:
+            caption_dropout = self.caption_dropout
+        return replace(self, image_first_share=image_first_share, caption_dropout=caption_dropout)
 
 
 @dataclass(frozen=True)
