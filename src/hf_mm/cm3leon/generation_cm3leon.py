@@ -8,9 +8,9 @@ is CM3Leon's. They know ids, not strings or pictures; what is done to the scores
 # Axes: S streams, B rows, R rows drawn (B times images per prompt), L sequence, N codes of an image.
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from transformers.configuration_utils import get_head_shapes
@@ -28,7 +28,7 @@ from .logits_cm3leon import (
 )
 
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 # Copies of the scores that a step holds beside the streams' own: folded, warped, sorted, summed up.
 SCORE_COPIES = 6
@@ -419,10 +419,8 @@ class ImageGenerationMixin(GuidedGenerationMixin):
                 f"`prompt` takes {longest} positions and the image {span.tokens_per_image}; the model has {limit}. "
                 f"Shorten the prompt to {limit - span.tokens_per_image} positions."
             )
-        if sampling.decoding != "top_p" and sampling.contrastive_k > span.image_vocab_size:
-            raise ValueError(
-                f"`contrastive_k`={sampling.contrastive_k} is beyond the vocabulary of {span.image_vocab_size} codes."
-            )
+        if (k := sampling.contrastive_k or 0) > span.image_vocab_size and sampling.decoding != "top_p":
+            raise ValueError(f"`contrastive_k`={k} is beyond the vocabulary of {span.image_vocab_size} codes.")
         num_heads, head_dim = get_head_shapes(config)
         cache = 2 * config.num_hidden_layers * num_heads * head_dim * self.dtype.itemsize
         num_streams = len(sampling.scales) + 1
@@ -567,13 +565,23 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         """Leaves the mask to `forward`, which tells padding from packed documents by it; used for static caches."""
         return attention_mask
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_mode: str | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        generation_mode: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Continues documents, or with `generation_mode="image"` draws one image per row.
 
         Args:
             inputs (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Prompts, padded on the left; also taken as `input_ids`. Placeholders of `pixel_values` are returned as
                 the codes that they stand for.
+            negative_prompt_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+                For text with `guidance_scale`: unconditional prompts, see [`GuidedGenerationMixin`].
+            negative_prompt_attention_mask (`torch.LongTensor` of the same shape, *optional*): 0 on their padding.
             generation_mode (`str`, *optional*):
                 `"text"`: no codes and no sentinels, up to the end of the span or of the document. `"image"`: see
                 `draw_images`. Without one, whatever the model writes.
@@ -601,7 +609,13 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         processors = [*given, ForbidTokensLogitsProcessor(forbidden, exceptions=(config.eoss_token_id,))]
         if input_ids is not None:
             input_ids = self.replace_images(input_ids, kwargs.pop("pixel_values", None))
-        return super().generate(input_ids, logits_processor=LogitsProcessorList(processors), **kwargs)
+        return super().generate(
+            input_ids,
+            negative_prompt_ids,
+            negative_prompt_attention_mask,
+            logits_processor=LogitsProcessorList(processors),
+            **kwargs,
+        )
 
 
 __all__ = ["CM3LeonGenerationMixin", "GuidedGenerationMixin", "ImageGenerationMixin"]

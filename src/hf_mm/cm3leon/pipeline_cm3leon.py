@@ -457,7 +457,8 @@ class CM3LeonPipeline(DiffusionPipeline):
         """Writes the missing spans of documents one after the other, all documents at a time."""
         config = self.model.config
         ends = (config.eoss_token_id, config.eos_token_id, config.pad_token_id)
-        rows, spans = [list(row) for row in rows], [[] for _ in rows]
+        rows = [list(row) for row in rows]
+        spans: list[list[list[int]]] = [[] for _ in rows]
         for number in range(max(counts)):
             open_rows = [index for index, count in enumerate(counts) if count > number]
             written = self._write([rows[index] for index in open_rows], max_new_tokens, **generate_kwargs)
