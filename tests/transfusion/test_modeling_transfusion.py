@@ -694,3 +694,15 @@ def test_training_waits_for_the_device_only_before_the_long_work(make_model, lay
             layer.register_forward_pre_hook(lambda *_: waits.events.append("layer"))
         model(input_ids=ids, labels=ids, position_ids=positions, latents=torch.randn(2, 3, 4, 6)).loss.backward()
     assert waits.events == ["wait"] * 3 + ["layer"] * 3  # one is the library's, which looks for packed documents
+
+
+def test_each_layer_of_the_unet_begins_with_the_spread_of_its_fan_in(make_config):
+    torch.manual_seed(0)
+    model = TransfusionForConditionalGeneration(make_config(patch_layer="unet")).model
+    for part in (model.patch_in, model.patch_out):
+        for layer in part.modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                bound = layer.weight[0].numel() ** -0.5
+                assert 0.7 * bound < layer.weight.abs().max() <= bound
+    projection = model.language_model.layers[0].self_attn.q_proj.weight
+    assert projection.std().item() == pytest.approx(model.config.initializer_range, rel=0.2)

@@ -35,7 +35,7 @@ from .layout_transfusion import (
     refuse_leaky_packing,
 )
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
-from .patching_transfusion import UNetPatchIn, UNetPatchOut, build_patch_layers
+from .patching_transfusion import UNetPatchIn, build_patch_layers
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -56,15 +56,8 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     output_modalities = ("text", "image")
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights and zero biases, as in the backbone; in the U-Net a spread that follows the fan-in.
-
-        A U-Net's widths differ from level to level, and with one small spread for all it hardly hears the timestep.
-        """
-        if isinstance(module, UNetPatchIn | UNetPatchOut):
-            for layer in module.modules():
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    init.kaiming_uniform_(layer.weight, a=5**0.5)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
+        """Normal weights and zero biases, as in the backbone."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -94,6 +87,17 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if config.vae_config is not None:
             self.vae = AutoencoderKL.from_config(config.vae_config).requires_grad_(False).eval()
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Gives the layers of a U-Net a spread that follows their fan-in.
+
+        Its widths differ from level to level, and with one small spread for all it hardly hears the timestep. Asked of
+        each layer by itself, since the library passes over modules that hold layers but no weights of their own.
+        """
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear | nn.Conv2d) and isinstance(self.patch_in, UNetPatchIn):
+            if any(module is layer for part in (self.patch_in, self.patch_out) for layer in part.modules()):
+                init.kaiming_uniform_(module.weight, a=5**0.5)
 
     def train(self, mode: bool = True) -> "TransfusionModel":
         """Switches the training mode; the VAE stays frozen and in evaluation mode."""
