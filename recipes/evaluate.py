@@ -33,7 +33,9 @@ class EvaluationRecipe:
     kinds: list[str] = field(default_factory=lambda: ["single_object"], metadata={"help": "Kinds of scene."})
     num_scenes: int = field(default=256, metadata={"help": "Held-out scenes."})
     guidance_scale: float | None = field(default=None, metadata={"help": "None: the model's."})
-    num_inference_steps: int | None = field(default=None, metadata={"help": "None: the model's."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Of models that denoise; none: the model's."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Pictures drawn at once."})
     seed: int = field(default=0, metadata={"help": "Of scenes and noise."})
     num_captions: int = field(default=128, metadata={"help": "Pictures to caption; 0: none."})
@@ -42,17 +44,14 @@ class EvaluationRecipe:
 
 def draw_scenes(pipe: DiffusionPipeline, prompts: list[str], recipe: EvaluationRecipe) -> list[np.ndarray]:
     """Draws one picture per prompt, each from noise of its own."""
+    drawing: dict[str, Any] = {"guidance_scale": recipe.guidance_scale}
+    if recipe.num_inference_steps is not None:
+        drawing["num_inference_steps"] = recipe.num_inference_steps
     pictures: list[np.ndarray] = []
     for start in tqdm(range(0, len(prompts), recipe.batch_size), desc="draw"):
         batch = prompts[start : start + recipe.batch_size]
         generators = [torch.Generator().manual_seed(recipe.seed + start + number) for number in range(len(batch))]
-        drawn = pipe(
-            batch,
-            generator=generators,
-            guidance_scale=recipe.guidance_scale,
-            num_inference_steps=recipe.num_inference_steps,
-        )
-        pictures += [np.asarray(image) for image in drawn.images]
+        pictures += [np.asarray(image) for image in pipe(batch, generator=generators, **drawing).images]
     return pictures
 
 
