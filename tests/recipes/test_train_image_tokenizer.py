@@ -29,6 +29,7 @@ VQ_RUN = [
     *MICRO_RUN,
     *"--num_vq_embeddings 23 --latent_channels 5 --code_revival_steps 2 --last_code_revival_step 4".split(),
     *"--num_revival_images 6 --layers_per_block 1 --lr_scheduler_type constant_with_warmup".split(),
+    *"--quantization_start_step 0".split(),
 ]
 
 
