@@ -18,6 +18,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from encode_images import digest_weights
 from hf_mm.data.cm3_masking import CM3Masking, SpanArguments
 from hf_mm.data.collators import build_collator
+from hf_mm.data.documents import DocumentLimit
 from hf_mm.data.formats import iterate_captions
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
@@ -187,15 +188,16 @@ class DocumentBatches:
     ) -> None:
         self.processor, self.window_length = processor, window_length
         longest = model.config.get_text_config().max_position_embeddings
-        self.max_tokens = min(window_length or longest, longest)
+        max_tokens = min(window_length or longest, longest)
         self.encodes_pictures = not reads_codes(model) and find_image_tokenizer(model) is not None
-        kind, fields, self.num_reserved = choose_documents(model, spans)
+        kind, fields, num_reserved = choose_documents(model, spans)
+        self.limit = DocumentLimit(max_tokens - num_reserved, processor.tokens_per_image(), processor.tokenizer)
         self.documents: Callable[..., TrainingDocuments] = partial(
             kind,
             processor=processor,
             arguments=arguments,
             form_weights=form_weights,
-            max_tokens=self.max_tokens,
+            max_tokens=max_tokens,
             **fields,
         )
 

@@ -139,7 +139,7 @@ def build_sampler(
     rows: RunRows,
     documents: DocumentBatches,
     caption_args: CaptionArguments,
-    text_token_share: float,
+    document_args: DocumentArguments,
     recipe: TrainingRecipe,
     accelerator: Accelerator,
     first_step: int,
@@ -148,7 +148,7 @@ def build_sampler(
     share = 0.0
     if rows.texts is not None:
         lengths = (documents.mean_tokens(rows.pairs, rows.texts, source) for source in (1, 0))
-        share = document_share(text_token_share, *lengths)
+        share = document_share(document_args.text_token_share, *lengths)
     return StepSampler(
         len(rows.pairs),
         recipe.per_device_train_batch_size,
@@ -182,10 +182,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     refuse_unfit_rows(pairs, data_args.dataset_name, model)
     form_weights = caption_args.form_weights()
     documents = DocumentBatches(model, processor, document_args, spans, form_weights, extra.window_length)
-    words = processor.tokenizer
-    limit = DocumentLimit(documents.max_tokens - documents.num_reserved, processor.tokens_per_image(), words)
+    filters = (processor.tokenizer, documents.limit, data_args, caption_args, extra)
     with accelerator.main_process_first():
-        rows = prepare_run_rows(pairs, words, limit, data_args, caption_args, extra, open_size, output_dir)
+        rows = prepare_run_rows(pairs, *filters, open_size, output_dir)
     refuse_unfit_rows(rows.held_out, extra.eval_dataset_name or data_args.dataset_name, model)
     accelerator.print(rows.caption_report)
 
@@ -193,8 +192,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     progress = TrainingProgress()
     checkpoints = Checkpoints(accelerator, parts, progress, recipe, identity)
     first_step = checkpoints.resume()
-    share = document_args.text_token_share
-    sampler = build_sampler(rows, documents, caption_args, share, recipe, accelerator, first_step)
+    sampler = build_sampler(rows, documents, caption_args, document_args, recipe, accelerator, first_step)
     batches = documents.endless(rows.pairs, rows.texts, sampler, recipe.seed, recipe.dataloader_num_workers)
 
     prompts = extra.sample_prompts or first_captions(rows.held_out, extra.num_samples)

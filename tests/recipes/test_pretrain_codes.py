@@ -108,7 +108,7 @@ def test_a_killed_run_on_codes_resumes_with_the_losses_of_the_uninterrupted_one(
         child = subprocess.Popen(
             make_command(1, "cut", **settings), env=child_environment, stdout=errors, stderr=errors
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while child.poll() is None and time.monotonic() < deadline:
             if history.exists() and history.read_bytes().count(b"\n") >= kill_after:
                 break
