@@ -4,7 +4,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from hf_mm.cm3leon import generation_cm3leon
-from hf_mm.cm3leon.generation_cm3leon import GuidedGenerationMixin, close_gaps, draw_noise
+from hf_mm.cm3leon.generation_cm3leon import close_gaps, draw_noise
+from hf_mm.cm3leon.guidance_cm3leon import GuidedGenerationMixin
 from hf_mm.cm3leon.logits_cm3leon import CodeSampling, ImageSpan, ImageSpanLogitsProcessor
 
 

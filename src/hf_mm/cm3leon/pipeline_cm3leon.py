@@ -1,7 +1,7 @@
 """CM3Leon as a diffusers pipeline: prompts to pictures, pictures to captions, gaps of either filled, both in turn.
 
-Stages only: the model draws and writes, the processor lays documents out. Imports one leaf file, so that it can travel
-to a Hub repo.
+Stages only: the model draws and writes, the processor lays documents out. Filling in is in
+`infilling_cm3leon.py`. Imports leaf files only, so that it can travel to a Hub repo.
 """
 
 # Axes: B prompts, R pictures drawn (B times candidates), S streams, N codes of a picture.
@@ -15,13 +15,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .logits_cm3leon import CodeSampling, ImageSpan
+from .infilling_cm3leon import InfillingMixin
+from .logits_cm3leon import CodeSampling
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
-class CM3LeonPipeline(DiffusionPipeline):
+class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
     """Draws, captions, fills in and interleaves with a CM3Leon model.
 
     Args:
@@ -402,154 +403,6 @@ class CM3LeonPipeline(DiffusionPipeline):
 
     def _decode_text(self, rows: list[list[int]]) -> list[str]:
         return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def infill_caption(
-        self,
-        image: Image.Image | list[Image.Image],
-        text: str | list[str],
-        blank: str = "___",
-        max_new_tokens: int = 64,
-        **generate_kwargs: Any,
-    ) -> list[str]:
-        """Fills the gaps of texts that stand in front of pictures, given what stands on both sides.
-
-        Args:
-            image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
-            text (`str` or `list[str]`): The text of each picture, or one for all, with `blank` where it has gaps.
-            blank (`str`, defaults to `"___"`): What marks a gap.
-            max_new_tokens (`int`, defaults to 64): Tokens to write at most for each gap.
-            generate_kwargs: Any of the library's `generate` that returns one sequence per prompt.
-
-        Returns:
-            `list[str]`: the whole text of each picture.
-
-        Raises:
-            ValueError: If a text has no gap, or there are not as many texts as pictures.
-        """
-        images = image if isinstance(image, list) else [image]
-        texts = list(text) if isinstance(text, list) else [text] * len(images)
-        if len(texts) != len(images):
-            raise ValueError(f"`text` has {len(texts)} entries and `image` {len(images)}; give one text per image.")
-        if without := [one for one in texts if blank not in one]:
-            raise ValueError(f"`text`={without[0]!r} has no gap: write `blank`={blank!r} where it has one.")
-        rows, counts = [], []
-        for one, codes in zip(texts, self._read_codes(images), strict=True):
-            content: list[dict[str, Any]] = []
-            for number, piece in enumerate(one.split(blank)):
-                # The space in front of a gap belongs to the first word of the gap, as in training.
-                known = piece.rstrip(" ") if number < one.count(blank) else piece
-                content += [{"type": "mask"}] * (number > 0) + [{"type": "text", "text": known}] * bool(known)
-            prompt = self.processor.infill_prompt([*content, {"type": "image", "codes": codes}])
-            rows.append(prompt["input_ids"])
-            counts.append(len(prompt["span_lengths"]))
-        spans = self._write_spans(rows, counts, max_new_tokens, **generate_kwargs)
-        for index, gaps in enumerate(spans):
-            for gap in self._decode_text(gaps):
-                before, _, after = texts[index].partition(blank)
-                gap = gap.lstrip(" ") if not before or before.endswith(" ") else gap
-                texts[index] = before + gap + after
-        return texts
-
-    def _write_spans(
-        self, rows: list[list[int]], counts: list[int], max_new_tokens: int, **generate_kwargs: Any
-    ) -> list[list[list[int]]]:
-        """Writes the missing spans of documents one after the other, all documents at a time."""
-        config = self.model.config
-        ends = (config.eoss_token_id, config.eos_token_id, config.pad_token_id)
-        rows = [list(row) for row in rows]
-        spans: list[list[list[int]]] = [[] for _ in rows]
-        for number in range(max(counts)):
-            open_rows = [index for index, count in enumerate(counts) if count > number]
-            written = self._write([rows[index] for index in open_rows], max_new_tokens, **generate_kwargs)
-            for index, answer in zip(open_rows, written, strict=True):
-                end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
-                spans[index].append(answer[:end])
-                rows[index] += [*answer[:end], config.eoss_token_id, config.first_sentinel_token_id + number + 1]
-        return spans
-
-    @torch.no_grad()
-    def infill_region(
-        self,
-        image: Image.Image | list[Image.Image],
-        box: tuple[int, int, int, int],
-        prompt: str | list[str] = "",
-        guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        **sampling: Any,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws a part of pictures anew, given what stands before and behind it.
-
-        The codes from the first to the last one of the box are one missing span, as in training, where many spans are
-        rare; those of them beside the box are put in their places as the drawing reaches them.
-
-        Args:
-            image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures.
-            box (`tuple[int, int, int, int]`): Left, upper, right and lower edge in pixels of the model's size, as in
-                PIL; every code that it touches is drawn.
-            prompt (`str` or `list[str]`, defaults to `""`): What the whole picture shows.
-            guidance_scale (`float`, *optional*): As in drawing; without a prompt there is none.
-            num_images_per_prompt (`int`, defaults to 1): As in drawing.
-            generator (`torch.Generator` or a list, *optional*): As in drawing.
-            output_type (`str`, defaults to `"pil"`): As in drawing.
-            return_dict (`bool`, defaults to `True`): As in drawing.
-            sampling: Further fields of `CodeSampling`, such as `temperature` and `top_p`.
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: the pictures, those of one prompt side by side.
-
-        Raises:
-            ValueError: If an argument is out of range.
-        """
-        images = image if isinstance(image, list) else [image]
-        prompts = prompt if isinstance(prompt, list) else [prompt] * len(images)
-        if len(prompts) != len(images):
-            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per image.")
-        if (scale := sampling.get("image_guidance_scale", 1)) != 1:
-            raise ValueError(f"`image_guidance_scale`={scale} must be 1 here: the picture is what is filled in.")
-        self._check_output_type(output_type)
-        config, known = self.model.config, torch.tensor(self._read_codes(images), device=self._execution_device)
-        wanted = torch.tensor(self.processor.box_mask(box), device=known.device)
-        places = wanted.nonzero().flatten()
-        first, stop = int(places[0]), int(places[-1]) + 1
-        mask = [first <= place < stop for place in range(len(wanted))]
-        rows, others = [], []
-        for text, codes in zip(prompts, known.tolist(), strict=True):
-            picture = {"type": "image", "codes": codes, "mask": mask}
-            # The span's own sentinel at once, although that of the unknown text comes first: the text stays unknown.
-            textless = [
-                *self.processor.infill_prompt([{"type": "mask"}, picture])["input_ids"][:-1],
-                config.first_sentinel_token_id + 1,
-            ]
-            with_text = self.processor.infill_prompt([{"type": "text", "text": text}, picture])["input_ids"]
-            rows.append(with_text if text else textless)
-            others.append([textless])
-        given = known[:, first:stop].masked_fill(wanted[first:stop], -1)
-        span = ImageSpan(
-            first_image_token_id=config.first_image_token_id,
-            image_vocab_size=config.image_vocab_size,
-            tokens_per_image=stop - first,
-            opening_token_ids=(config.first_sentinel_token_id, config.first_sentinel_token_id + 1),
-            closing_token_ids=(config.eoss_token_id,),
-            always_opens=True,
-        )
-        drawn = self._draw(
-            rows,
-            others,
-            self._sampling(guidance_scale if any(prompts) else 1.0, **sampling),
-            span=span,
-            given_codes=given,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-        )
-        codes = known.repeat_interleave(num_images_per_prompt, 0)
-        codes[:, first : first + drawn.shape[1]] = drawn
-        pictures = self._decode(codes, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     @torch.no_grad()
     def interleave(

@@ -4,6 +4,7 @@ The processor lays documents out and the model's sampler draws timesteps; both c
 knows a model. What a document holds is what `forward` takes: images and noise, or codes among the tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ class DocumentEncoder(Protocol):
         """Lays a document out as `input_ids` and `labels`."""
 
 
-class TrainingDocuments(torch.utils.data.Dataset[Document]):
+class TrainingDocuments(torch.utils.data.Dataset[Document], ABC):
     """Builds the document of a sample key; how its images enter is the subclasses'.
 
     Args:
@@ -72,6 +73,7 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         content, max_timestep = build_content(row, self.arguments, generator, self.form_weights)
         return self._lay_out(row, content, max_timestep, key, generator)
 
+    @abstractmethod
     def _lay_out(
         self,
         row: dict[str, Any],
@@ -81,7 +83,6 @@ class TrainingDocuments(torch.utils.data.Dataset[Document]):
         generator: torch.Generator,
     ) -> Document:
         """Makes the document of its parts."""
-        raise NotImplementedError
 
     def _fit(
         self, document: Document, key: SampleKey, generator: torch.Generator, *, has_images: bool, reserved: int = 0
