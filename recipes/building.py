@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from encode_images import digest_weights
 from hf_mm.data.cm3_masking import CM3Masking, SpanArguments
 from hf_mm.data.collators import build_collator
 from hf_mm.data.documents import DocumentLimit
+from hf_mm.data.fingerprints import digest_weights
 from hf_mm.data.formats import iterate_captions
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
+from hf_mm.data.sources import EMBEDDED, DatasetArguments
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
 
@@ -42,6 +43,52 @@ class ModelArguments:
     )
     vocab_size: int = field(default=512, metadata={"help": "Size of a text tokenizer trained here."})
     image_tokenizer_name: str | None = field(default=None, metadata={"help": "Frozen image tokenizer of a new model."})
+
+
+@dataclass
+class HeldOutArguments:
+    """The rows that training does not see."""
+
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows; none: the same source."})
+    eval_dataset_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Their split; none: no evaluation. Without a source of their own they come from training's."
+        },
+    )
+    num_eval_documents: int = field(default=256, metadata={"help": "Held-out documents that are evaluated."})
+
+
+def hold_out(
+    pairs: Dataset,
+    data_args: DatasetArguments,
+    held_out_args: HeldOutArguments,
+    prepare: Callable[[DatasetArguments], Dataset],
+    seed: int,
+) -> tuple[Dataset, Dataset]:
+    """Returns the rows to train on and held-out ones; without a split of their own, those of training are both.
+
+    Args:
+        pairs (`Dataset`): The rows of training, prepared.
+        data_args (`DatasetArguments`): Where they are from.
+        held_out_args (`HeldOutArguments`): Where held-out rows are to be from.
+        prepare (`Callable`): Opens and prepares a source.
+        seed (`int`): Of the choice, where they are taken from training's: a tenth of these at most.
+    """
+    name, split = held_out_args.eval_dataset_name, held_out_args.eval_dataset_split
+    if name is not None or (split and data_args.dataset_name.startswith(EMBEDDED)):
+        source = replace(
+            data_args,
+            dataset_name=name or data_args.dataset_name,
+            dataset_split=split or data_args.dataset_split,
+            num_scenes=held_out_args.num_eval_documents,
+        )
+        return pairs, prepare(source)
+    if split is not None and len(pairs) > 1:
+        num_held_out = min(held_out_args.num_eval_documents, max(len(pairs) // 10, 1))
+        parts = pairs.train_test_split(num_held_out, seed=seed)
+        return parts["train"], parts["test"]
+    return pairs, pairs
 
 
 def load_config(arguments: ModelArguments) -> Any:

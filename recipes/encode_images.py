@@ -12,7 +12,6 @@ Every process that accelerate starts encodes its share; the same command finishe
 processes. Train on the result with `--dataset_name runs/encoded`.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from datasets import Dataset
 from diffusers import AutoencoderKL, VQModel
 
 from hf_mm.data.caption_arguments import CaptionArguments
+from hf_mm.data.fingerprints import digest_weights
 from hf_mm.data.image_encoding import Encoder, encode_rows, raw_pixels
 from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
@@ -144,14 +144,6 @@ def choose_encoder(
         raise ValueError(f"`image_tokenizer_name`={name} is of class {kind}. Name an AutoencoderKL or a VQModel.")
     stride = 2 ** (len(tokenizer.config.block_out_channels) - 1)
     return encode, stride, {"image_tokenizer_name": name, "weights": digest_weights(tokenizer), **own}
-
-
-def digest_weights(tokenizer: AutoencoderKL | VQModel) -> str:
-    """Hashes the weights, so that other weights under the same name are noticed."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, weight in tokenizer.state_dict().items():
-        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

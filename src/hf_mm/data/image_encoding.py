@@ -1,14 +1,10 @@
 """Encodes the images of pair rows once, with a frozen encoder, into a memory-mapped dataset.
 
 The encoder is a callable from pixels to named arrays, so no model is known here. A folder of results holds one Arrow
-file a shard and `manifest.json`, which says what made them. A shard is written elsewhere and renamed when whole, so
-whatever is found under its name is whole, and a run that was cut off goes on with the missing ones.
+file a shard and `manifest.json`, which says what made them; a run that was cut off goes on with the missing ones.
 """
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +14,16 @@ import numpy as np
 import torch
 from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatenate_datasets
 
+from .fingerprints import digest_rows
 from .formats import ImageError, RowError, center_crop_resize, check_columns, open_image
+from .shards import MANIFEST, claim_folder, map_shard, read_manifest, shard_path, shard_paths
+
+
+__all__ = ["MANIFEST", "Encoder", "encode_rows", "load_encoded", "raw_pixels", "read_manifest"]
 
 
 # Axes: B batch, H height, W width.
 Encoder = Callable[[torch.Tensor], Mapping[str, torch.Tensor | np.ndarray]]
-MANIFEST = "manifest.json"
-NUM_PROBED_ROWS = 64
 
 
 def raw_pixels(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -93,15 +92,24 @@ def encode_rows(
         "columns": {name: repr(feature) for name, feature in columns.items()},
         "num_rows": len(rows),
         "num_shards": num_shards,
-        "rows_digest": _digest(rows),
+        "rows_digest": digest_rows(rows),
     }
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, manifest)
+    claim_folder(folder, manifest, "images encoded")
     features = Features({name: kind for name, kind in rows.features.items() if name != "image"} | columns)
     for shard in range(process_index, num_shards, num_processes):
-        if not _shard_path(folder, shard, num_shards).exists():
-            _write_shard(rows, batch_encoder, features, folder, shard, num_shards, batch_size)
+        if not shard_path(folder, shard, num_shards).exists():
+            map_shard(
+                rows,
+                batch_encoder,
+                features,
+                folder,
+                shard,
+                num_shards,
+                batch_size=batch_size,
+                remove_columns="image",
+                verb="Encoding",
+            )
     if process_index == 0:
         print(f"Encoded images of {len(rows)} rows are in {folder} ({num_shards} shards).")
     return folder
@@ -122,15 +130,10 @@ def load_encoded(output_dir: str | os.PathLike) -> Dataset:
         ValueError: If the folder is no such folder or shards are missing.
     """
     folder = Path(output_dir)
-    if not (folder / MANIFEST).exists():
+    manifest = read_manifest(folder)
+    if manifest is None:
         raise ValueError(f"`output_dir`={str(folder)!r} has no {MANIFEST}, so it holds no encoded images.")
-    manifest = json.loads((folder / MANIFEST).read_text())
-    paths = [_shard_path(folder, shard, manifest["num_shards"]) for shard in range(manifest["num_shards"])]
-    if missing := [path.name for path in paths if not path.exists()]:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(paths)} shards, the first {missing[0]}. "
-            "Run the encoding again with the same settings to finish it."
-        )
+    paths = shard_paths(folder, manifest["num_shards"])
     rows = concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
     names = list(manifest["columns"])
     return rows.with_format(
@@ -138,19 +141,12 @@ def load_encoded(output_dir: str | os.PathLike) -> Dataset:
     )
 
 
-def read_manifest(name: str | os.PathLike) -> dict[str, Any] | None:
-    """Reads what made the encoded rows of a folder; None where the name is of another source."""
-    path = Path(name) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 @dataclass
 class _BatchEncoder:
-    """Opens, crops, stacks and encodes a batch; `first_row` is the number of its shard's first row, for errors."""
+    """Opens, crops, stacks and encodes a batch."""
 
     encode: Encoder
     size: tuple[int, int]
-    first_row: int = 0
 
     def __call__(self, batch: Mapping[str, list], numbers: list[int]) -> dict[str, np.ndarray]:
         pictures = [self.open(image, number) for image, number in zip(batch["image"], numbers, strict=True)]
@@ -168,7 +164,7 @@ class _BatchEncoder:
             return np.asarray(center_crop_resize(open_image(image), self.size))
         except ImageError as error:
             raise RowError(
-                f"Row {self.first_row + number}, column `image`: {error}. Drop such rows with `prepare_pairs` first."
+                f"Row {number}, column `image`: {error}. Drop such rows with `prepare_pairs` first."
             ) from error
 
 
@@ -213,62 +209,3 @@ def _array_features(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def _array_dtype(feature: Any) -> str:  # noqa: ANN401
     return feature.feature.dtype if isinstance(feature, List) else feature.dtype
-
-
-def _digest(rows: Dataset) -> str:
-    """Hashes the columns and some evenly spaced rows, to notice when other rows are given for a folder."""
-    digest = hashlib.blake2b(repr(rows.features).encode(), digest_size=16)
-    for number in np.unique(np.linspace(0, len(rows) - 1, NUM_PROBED_ROWS).astype(int)).tolist():
-        digest.update(repr(rows[number]).encode())
-    return digest.hexdigest()
-
-
-def _claim(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest, or refuses a folder that has a different one."""
-    wanted, path = json.loads(json.dumps(manifest)), folder / MANIFEST
-    if path.exists():
-        there = json.loads(path.read_text())
-        different = {key: (there.get(key), wanted[key]) for key in wanted if there.get(key) != wanted[key]}
-        if different:
-            changes = "; ".join(f"`{key}` was {old}, now {new}" for key, (old, new) in different.items())
-            raise ValueError(f"`output_dir`={str(folder)!r} holds images encoded otherwise: {changes}. Use another.")
-        return
-    draft = folder / f"{MANIFEST}.{os.getpid()}"
-    draft.write_text(json.dumps(wanted, indent=2))
-    draft.replace(path)
-
-
-def _shard_path(folder: Path, shard: int, num_shards: int) -> Path:
-    return folder / f"shard-{shard:05d}-of-{num_shards:05d}.arrow"
-
-
-def _write_shard(
-    rows: Dataset,
-    batch_encoder: _BatchEncoder,
-    features: Features,
-    folder: Path,
-    shard: int,
-    num_shards: int,
-    batch_size: int,
-) -> None:
-    """Encodes one run of rows into a draft folder, then renames the finished file."""
-    path = _shard_path(folder, shard, num_shards)
-    draft = folder / f"draft-{shard:05d}"
-    shutil.rmtree(draft, ignore_errors=True)  # left by a run that was cut off
-    draft.mkdir()
-    first_row = sum(len(rows) // num_shards + (earlier < len(rows) % num_shards) for earlier in range(shard))
-    encoder = _BatchEncoder(batch_encoder.encode, batch_encoder.size, first_row)
-    rows.shard(num_shards, shard, contiguous=True).map(
-        encoder,
-        batched=True,
-        batch_size=batch_size,
-        with_indices=True,
-        remove_columns="image",
-        features=features,
-        cache_file_name=str(draft / path.name),
-        load_from_cache_file=False,
-        new_fingerprint=f"{shard:05d}-{os.getpid()}",  # else the encoder is pickled to be hashed
-        desc=f"Encoding shard {shard + 1} of {num_shards}",
-    )
-    (draft / path.name).replace(path)
-    shutil.rmtree(draft)

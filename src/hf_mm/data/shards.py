@@ -1,0 +1,158 @@
+"""Rows mapped to Arrow files, one a shard, and the manifest that says what made them.
+
+A shard is written elsewhere and renamed when whole, so whatever is found under its name is whole, and a run that was
+cut off goes on with the missing ones. Knows files and rows, not what is in them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features
+
+from .fingerprints import digest_file
+
+
+MANIFEST = "manifest.json"
+
+
+def claim_folder(folder: Path, manifest: Mapping[str, Any], contents: str, notes: Mapping[str, Any] = {}) -> None:  # noqa: B006
+    """Writes the manifest of a folder, or refuses a folder that has a different one.
+
+    Args:
+        folder (`Path`): Made where it is missing.
+        manifest (`Mapping`): What made the contents, in JSON types.
+        contents (`str`): What they are, for the message: "images encoded".
+        notes (`Mapping`): Written beside it, and not compared.
+
+    Raises:
+        ValueError: If the folder holds what was made otherwise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted, path = json.loads(json.dumps(manifest)), folder / MANIFEST
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        different = {key: (there.get(key), wanted[key]) for key in wanted if there.get(key) != wanted[key]}
+        if different:
+            changes = "; ".join(f"`{key}` was {old}, now {new}" for key, (old, new) in different.items())
+            raise ValueError(f"`output_dir`={str(folder)!r} holds {contents} otherwise: {changes}. Use another.")
+        return
+    write_json(path, {**wanted, **notes})
+
+
+def read_manifest(name: str | os.PathLike) -> dict[str, Any] | None:
+    """Reads what made the rows of a folder; None where the name is of another source."""
+    path = Path(name) / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file so that it is there whole or not at all."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    draft.replace(path)
+
+
+def shard_path(folder: Path, shard: int, num_shards: int) -> Path:
+    """Names the file of a shard."""
+    return folder / f"shard-{shard:05d}-of-{num_shards:05d}.arrow"
+
+
+def first_row(num_rows: int, shard: int, num_shards: int) -> int:
+    """Returns the number of the first row of a shard, the larger ones being first; at `num_shards`, of all rows."""
+    return num_rows // num_shards * shard + min(shard, num_rows % num_shards)
+
+
+def map_shard(
+    rows: Dataset,
+    function: Callable[..., Mapping[str, Any]],
+    features: Features,
+    folder: Path,
+    shard: int,
+    num_shards: int,
+    *,
+    batch_size: int,
+    remove_columns: str | list[str],
+    verb: str,
+) -> Path:
+    """Maps one run of rows into a draft folder, then renames the finished file.
+
+    Args:
+        rows (`Dataset`): All of them.
+        function (`Callable`): Takes a batch and the numbers of its rows among all.
+        features (`Features`): Of what it returns and of the columns that stay.
+        folder (`Path`): For the file.
+        shard (`int`): Which run.
+        num_shards (`int`): Of how many.
+        batch_size (`int`): Rows of a batch.
+        remove_columns (`str` or `list[str]`): Columns that do not stay.
+        verb (`str`): What is done, for the progress bar.
+
+    Returns:
+        `Path`: The file.
+    """
+    path = shard_path(folder, shard, num_shards)
+    draft = folder / f"draft-{shard:05d}"
+    shutil.rmtree(draft, ignore_errors=True)  # left by a run that was cut off
+    draft.mkdir()
+    start = first_row(len(rows), shard, num_shards)
+    rows.shard(num_shards, shard, contiguous=True).map(
+        lambda batch, numbers: function(batch, [start + number for number in numbers]),
+        batched=True,
+        batch_size=batch_size,
+        with_indices=True,
+        remove_columns=remove_columns,
+        features=features,
+        cache_file_name=str(draft / path.name),
+        load_from_cache_file=False,
+        new_fingerprint=f"{shard:05d}-{os.getpid()}",  # else the function is pickled to be hashed
+        desc=f"{verb} shard {shard + 1} of {num_shards}",
+    )
+    (draft / path.name).replace(path)
+    shutil.rmtree(draft)
+    return path
+
+
+def shard_paths(folder: Path, num_shards: int) -> list[Path]:
+    """Returns the files of all shards.
+
+    Raises:
+        ValueError: If some are missing.
+    """
+    paths = [shard_path(folder, shard, num_shards) for shard in range(num_shards)]
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(paths)} shards, the first {missing[0]}. "
+            "Run the same command again to finish it."
+        )
+    return paths
+
+
+def write_checksum(path: Path) -> None:
+    """Writes size and digest of a finished file beside it."""
+    write_json(path.with_suffix(".json"), {"num_bytes": path.stat().st_size, "blake2b": digest_file(path)})
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file is there with its checksum, and its bytes are those that were written."""
+    note = path.with_suffix(".json")
+    if not path.exists() or not note.exists():
+        return False
+    wanted = json.loads(note.read_text(encoding="utf-8"))
+    return path.stat().st_size == wanted["num_bytes"] and digest_file(path) == wanted["blake2b"]
+
+
+def read_checksum(path: Path) -> str:
+    """Reads the digest of a finished file; its size is compared, its bytes are not read.
+
+    Raises:
+        ValueError: If there is no checksum or the size is another.
+    """
+    note = path.with_suffix(".json")
+    wanted = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    if wanted is None or wanted["num_bytes"] != path.stat().st_size:
+        raise ValueError(f"{path} is not as it was written. Run the same command again: it makes such shards anew.")
+    return wanted["blake2b"]
