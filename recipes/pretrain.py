@@ -12,7 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,11 @@ from datasets import Dataset
 
 from building import (
     DocumentBatches,
+    HeldOutArguments,
     ModelArguments,
     build_model,
     find_text_tokenizer,
+    hold_out,
     load_config,
     refuse_unfit_rows,
 )
@@ -32,7 +34,7 @@ from hf_mm.data.captions import row_weights
 from hf_mm.data.cm3_masking import SpanArguments
 from hf_mm.data.documents import DocumentLimit, load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
-from hf_mm.data.sources import EMBEDDED, DatasetArguments, open_rows, prepare_rows
+from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.hub import push_folder
 from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.history import read_history
@@ -43,7 +45,7 @@ from reporting import RunReport, first_captions
 
 
 @dataclass
-class PretrainArguments:
+class PretrainArguments(HeldOutArguments):
     """What pretraining reads and shows beside its pairs."""
 
     window_length: int | None = field(default=None, metadata={"help": "Pack documents into windows of that length."})
@@ -51,14 +53,6 @@ class PretrainArguments:
     text_dataset_config_name: str | None = field(default=None, metadata={"help": "Their configuration."})
     text_dataset_split: str = field(default="train", metadata={"help": "Their split, e.g. train or train[:100000]."})
     text_dataset_column: str = field(default="text", metadata={"help": "Their column."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out rows; none: the same source."})
-    eval_dataset_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Their split; none: no evaluation. Without a source of their own they come from training's."
-        },
-    )
-    num_eval_documents: int = field(default=256, metadata={"help": "Held-out documents the loss is measured on."})
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Of the grids; none: held-out captions."}
     )
@@ -102,22 +96,12 @@ def prepare_run_rows(
             f"picture and a caption. Raise it by at least {1 - room}."
         )
     caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
-    eval_args = replace(
-        data_args,
-        dataset_name=extra.eval_dataset_name or data_args.dataset_name,
-        dataset_split=extra.eval_dataset_split or data_args.dataset_split,
-        num_scenes=extra.num_eval_documents,
-    )
     pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer, limit)
-    held_out = pairs
-    if extra.eval_dataset_name is not None or (
-        extra.eval_dataset_split and data_args.dataset_name.startswith(EMBEDDED)
-    ):
-        held_out, _ = prepare_rows(open_rows(eval_args, **open_size), eval_args, caption_args, tokenizer, limit)
-    elif extra.eval_dataset_split is not None and len(pairs) > 1:
-        num_held_out = min(extra.num_eval_documents, max(len(pairs) // 10, 1))
-        parts = pairs.train_test_split(num_held_out, seed=open_size["seed"])
-        pairs, held_out = parts["train"], parts["test"]
+
+    def prepare(source: DatasetArguments) -> Dataset:
+        return prepare_rows(open_rows(source, **open_size), source, caption_args, tokenizer, limit)[0]
+
+    pairs, held_out = hold_out(pairs, data_args, extra, prepare, open_size["seed"])
     if report is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")

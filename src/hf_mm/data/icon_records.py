@@ -225,6 +225,23 @@ def sample_scene(
     }
 
 
+def scene_key(scene: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Gives what a scene shows, up to small shifts: equal for pictures that the caption of either describes.
+
+    Args:
+        scene (`Mapping`): Record from `sample_scene`.
+
+    Returns:
+        `tuple`: the background, and each object's glyph, colour, size name, column and row, in order of place.
+
+    """
+    objects = [
+        (int(item["y"] * 3), int(item["x"] * 3), item["glyph"], item["color"], item["size_name"])
+        for item in scene["objects"]
+    ]
+    return scene["background"], *sorted(objects)
+
+
 def _with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 

@@ -3,10 +3,11 @@
 Knows strings only. Any text survives encoding and decoding unchanged, since every byte is a token.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -19,6 +20,7 @@ SPECIAL_TOKENS = {
     "eoi_token": "<eoi>",
     "image_token": "<image>",
 }
+END_OF_CAPTION = "<end_of_caption>"
 NUM_BYTES = 256
 MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS)
 
@@ -82,3 +84,31 @@ def load_text_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         added["pad_token"] = SPECIAL_TOKENS["pad_token"]
     return AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **added)
+
+
+def end_captions(tokenizer: PreTrainedTokenizerFast, max_length: int) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer for text encoders that read a caption off its last token, as transformers' `CLIPTextModel`.
+
+    That token must occur nowhere else, so it is a new one, `<end_of_caption>`. As the last of the vocabulary it is
+    found in either way in which `CLIPTextModel` looks for it: where `eos_token_id` is 2, as in tokenizers of
+    [`train_text_tokenizer`], the model takes the token with the highest id, and else the first `eos_token_id`.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): Any; not changed.
+        max_length (`int`): Tokens that the encoder reads; longer captions are cut in front of the last token.
+
+    Returns:
+        `PreTrainedTokenizerFast`: puts that token, its `eos_token`, behind every text, and `bos_token` before it where
+        there is one; pads on the right.
+    """
+    ending = copy.deepcopy(tokenizer)
+    ending.add_special_tokens({"eos_token": END_OF_CAPTION})
+    ending.padding_side, ending.truncation_side, ending.model_max_length = "right", "right", max_length
+    start = [] if ending.bos_token is None else [ending.bos_token]
+    single = " ".join([*start, "$A", END_OF_CAPTION])
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single,
+        pair=f"{single} $B {END_OF_CAPTION}",
+        special_tokens=[(token, ending.convert_tokens_to_ids(token)) for token in (*start, END_OF_CAPTION)],
+    )
+    return ending
