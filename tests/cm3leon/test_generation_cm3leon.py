@@ -380,6 +380,19 @@ def test_arguments_out_of_range_are_refused(model, arguments, match):
         model.draw_images(*prompts(model, 2, 3), **arguments)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": False}, {"guidance_scale": 2.0, "temperature": 0.1}])
+def test_a_model_whose_scores_are_broken_draws_nothing_rather_than_code_0(model, value, sampling):
+    place = model.config.first_image_token_id + 5
+
+    def break_scores(module, args, output):
+        output[..., place] = value
+
+    model.lm_head.register_forward_hook(break_scores)
+    with pytest.raises(FloatingPointError, match="image codes.*NaN or infinity"):
+        model.draw_images(*prompts(model, 2, 3), sampling=CodeSampling(**sampling))
+
+
 class Favour(LogitsProcessor):
     """Makes some tokens much likelier."""
 
@@ -469,6 +482,16 @@ def test_modes_of_generate_write_text_or_draw(model):
     assert torch.equal(images, model.draw_images(ids, mask, generator=seeded(0, 1)))
     with pytest.raises(ValueError, match="generation_mode.*audio"):
         model.generate(ids, generation_mode="audio")
+
+
+def test_text_mode_never_parts_the_document_and_interleaving_does(model):
+    config, (ids, mask) = model.config, prompts(model, 2, 5)
+    favour = LogitsProcessorList([Favour(config.break_token_id)])
+    arguments = {"attention_mask": mask, "do_sample": True, "max_new_tokens": 9, "logits_processor": favour}
+    text = model.generate(ids, generation_mode="text", **arguments)
+    assert not (text[:, ids.shape[1] :] == config.break_token_id).any()
+    parts = model.generate_interleaved(ids, **arguments)
+    assert any((part == config.break_token_id).any() for row in parts for part in row)
 
 
 def test_plain_generate_is_the_librarys_but_for_the_placeholder(model):

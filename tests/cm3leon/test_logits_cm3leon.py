@@ -12,8 +12,10 @@ from hf_mm.cm3leon.logits_cm3leon import (
     ImageSpan,
     ImageSpanLogitsProcessor,
     SomeRowsLogitsProcessor,
+    TemperLogitsProcessor,
     contrastive_top_k,
     guide_logits,
+    temper,
 )
 
 
@@ -84,6 +86,7 @@ def test_what_the_amateur_holds_impossible_can_be_drawn():
         ({"alpha": -0.1}, "alpha.*-0.1"),
         ({"alpha": 1.1}, "alpha.*1.1"),
         ({"amateur_temperature": 0}, "amateur_temperature.*0"),
+        ({"amateur_temperature": float("inf")}, "amateur_temperature.*inf"),
         ({"uncond_logits": torch.zeros(2, 7)}, r"cond_logits.*\(3, 7\).*\(2, 7\)"),
     ],
 )
@@ -119,6 +122,66 @@ def test_excluded_tokens_stay_excluded_by_guidance_and_are_never_nan():
     streams[:, :, 2] = -torch.inf
     guided = guide_logits(streams, [2.0])
     assert (guided[:, 2] == -torch.inf).all() and guided[:, [0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+@pytest.mark.parametrize("num_streams", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_only_another_stream_forbids_is_guided_to_and_never_nan(num_streams, dtype):
+    streams = torch.randn(num_streams, 3, 7).to(dtype)
+    streams[-1, :, 2], streams[1, :, 5], streams[0, :, 4], streams[:, :, 6] = (-torch.inf,) * 4
+    guided = guide_logits(streams, [2.0, 3.0][: num_streams - 1])
+    assert guided.dtype == torch.float32 and not guided.isnan().any()
+    assert (guided[:, [4, 6]] == -torch.inf).all() and guided[:, [0, 1, 2, 3, 5]].isfinite().all()
+    assert (guided.softmax(-1)[:, [0, 1, 3]] == 0).all()  # the prompt alone makes the two possible
+    # Among those, the conditional stream still tells which is the better.
+    only = torch.full((num_streams, 1, 2), -torch.inf)
+    only[:-1] = torch.tensor([3.0, 2.0])
+    assert guide_logits(only, [2.0, 1.0][: num_streams - 1]).diff() < -0.9
+
+
+EXTREMES = torch.tensor([-torch.inf, -3e38, -1e30, -1e5, -1.0, 0.0, 1.0, 1e5, 1e30, 3e38])
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-3, 0.4, 1.0, 1e30])
+@pytest.mark.parametrize(
+    ("scales", "contrastive"),
+    [
+        ([7.5], None),
+        ([1e30], None),
+        ([3.0, 1e30], None),
+        ([1.0], {"k": 1, "alpha": 0.0}),
+        ([1.0], {"k": 3, "alpha": 0.5}),
+        ([1.0], {"k": 9, "alpha": 0.1, "amateur_temperature": 1e-45}),
+        ([1.0], {"k": 9, "alpha": 0.1, "amateur_temperature": 1e30}),
+    ],
+)
+def test_extreme_scores_are_never_nan_and_what_is_drawn_is_possible(temperature, scales, contrastive):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, len(EXTREMES), (len(scales) + 1, 200, 11), generator=generator)
+    index[0, :, 3] = 5
+    streams, ids = EXTREMES[index], torch.zeros(200, 1)
+    folded = FoldStreamsLogitsProcessor(scales, contrastive)(ids, streams.flatten(0, 1))
+    scores = TemperLogitsProcessor(temperature)(ids, folded)
+    assert not folded.isnan().any() and not scores.isnan().any()
+    assert (scores.amax(-1) == 0).all() and (scores[streams[0] == -torch.inf] == -torch.inf).all()
+    out = DrawTokenLogitsProcessor(torch.rand(200, 1, generator=generator), 1)(ids, scores)
+    drawn = out.argmax(-1, keepdim=True)
+    assert (out > -torch.inf).sum() == 200 and (scores.gather(1, drawn) > -torch.inf).all()
+
+
+def test_contrastive_scores_survive_low_temperatures():
+    """Two tokens are possible for the expert alone: one of them is drawn, and the likelier one much oftener."""
+    cond, uncond = torch.tensor([[0.2, 0.1, 0.5, 0.2]]).log(), torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
+    scores = contrastive_top_k(cond, uncond, k=4, alpha=0.0)
+    shares = TemperLogitsProcessor(0.5)(torch.zeros(1, 1), scores).softmax(-1)[0]
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.0, 25 / 29, 4 / 29]), atol=5e-3, rtol=0)
+
+
+def test_temperatures_divide_scores():
+    scores = torch.randn(3, 7)
+    scores[:, 2] = -torch.inf
+    torch.testing.assert_close(temper(scores, 0.3).softmax(-1), (scores / 0.3).softmax(-1))
+    assert (temper(torch.full((2, 3), -torch.inf), 0.3) == -torch.inf).all()
 
 
 def test_rows_of_a_mix_are_those_of_either_way():
@@ -263,6 +326,8 @@ def test_impossible_tokens_are_not_drawn_where_sums_are_rounded_another_way(monk
     [
         ({"guidance_scale": 0.5}, "guidance_scale.*0.5"),
         ({"guidance_scale": float("nan")}, "guidance_scale.*nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale.*inf"),
+        ({"temperature": float("inf")}, "temperature.*inf"),
         ({"image_guidance_scale": 0}, "image_guidance_scale.*0"),
         ({"temperature": 0}, "temperature.*0.*do_sample"),
         ({"top_k": 0}, "top_k.*0"),

@@ -187,6 +187,7 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
 
         Raises:
             ValueError: If a number is out of range, the prompt leaves no room, or memory does not suffice.
+            FloatingPointError: If the model's scores are NaN or infinite.
 
         Source: CM3Leon (arXiv 2309.02591), section 3.2.
         """
@@ -212,12 +213,13 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
             processors.append(DrawTokenLogitsProcessor(noise, width))
         input_ids, mask, *_ = (rows.repeat_interleave(num_images_per_prompt, 0) for rows in (input_ids, mask))
         streams = {name: rows.repeat_interleave(num_images_per_prompt, 0) for name, rows in streams.items()}
+        codes_alone = CodesLogitsProcessor(span, processors)
         draw = self._generate_streams if streams else super().generate
         sequences = draw(
             input_ids,
             attention_mask=mask,
             **streams,
-            sole_processors=LogitsProcessorList([CodesLogitsProcessor(span, processors)]),
+            sole_processors=LogitsProcessorList([codes_alone]),
             stopping_criteria=StoppingCriteriaList(
                 [DrawingProgress(width, callback, should_stop)] if callback or should_stop else []
             ),
@@ -229,6 +231,7 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
             guidance_scale=1.0,
             cache_implementation=cache_implementation,
         )
+        codes_alone.refuse_unsound()
         return sequences[:, input_ids.shape[1] :]
 
     @staticmethod
@@ -449,8 +452,8 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
                 For text with `guidance_scale`: unconditional prompts, see [`GuidedGenerationMixin`].
             negative_prompt_attention_mask (`torch.LongTensor` of the same shape, *optional*): 0 on their padding.
             generation_mode (`str`, *optional*):
-                `"text"`: no codes and no sentinels, up to the end of the span or of the document. `"image"`: see
-                `draw_images`. Without one, whatever the model writes.
+                `"text"`: no codes, sentinels or `<break>`, up to the end of the span or of the document. `"image"`:
+                see `draw_images`. Without one, whatever the model writes.
             kwargs: Those of [`GuidedGenerationMixin`]'s `generate`; for images, those of `draw_images`.
 
         Returns:
@@ -468,9 +471,9 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
             raise ValueError(f"`generation_mode`={generation_mode!r} is not one of 'text', 'image'.")
         config = self.config
         forbidden = [range(config.image_token_id, config.image_token_id + 1)]
-        if generation_mode == "text":
-            codes = config.image_token_ids
-            forbidden = [codes, *self.never_written]
+        if generation_mode == "text":  # one part of a document, so nothing that ends a part but the end
+            between = range(config.break_token_id, config.break_token_id + 1)
+            forbidden = [config.image_token_ids, between, *self.never_written]
         given = kwargs.pop("logits_processor", None) or []
         processors = [*given, ForbidTokensLogitsProcessor(forbidden, exceptions=(config.eoss_token_id,))]
         if input_ids is not None:

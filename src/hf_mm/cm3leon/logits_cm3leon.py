@@ -11,11 +11,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
+from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 
 DECODINGS = ("top_p", "contrastive", "mixed")
+
+# Where two streams are set against each other, a score beyond this counts as this, so that what one of them holds
+# impossible, or certain, has a finite difference. The largest number of float16: its exponential is 0 or infinite.
+SCORE_LIMIT = torch.finfo(torch.float16).max
+FLOAT = torch.finfo(torch.float32)
+
+
+def temper(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divides scores by a temperature, in float32, the best of each row at 0, so that none is too low to divide by.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(batch_size, vocab_size)`): `-inf` excludes, and still does afterwards.
+        temperature (`float`): Above 0, and finite.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch_size, vocab_size)`: 0 and below.
+
+    Example:
+        >>> temper(torch.tensor([[3e38, 2e38, -torch.inf]]), temperature=0.1)
+        tensor([[0., -inf, -inf]])
+
+    """
+    scores = scores.float().clamp(max=FLOAT.max)
+    return (scores - scores.amax(-1, keepdim=True).clamp(min=FLOAT.min)) / max(temperature, FLOAT.tiny)
 
 
 def contrastive_top_k(
@@ -38,7 +62,8 @@ def contrastive_top_k(
         amateur_temperature (`float`, defaults to 1.0): Divides the amateur's logits alone.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, vocab_size)`: scores in nats, `-inf` where excluded.
+        `torch.FloatTensor` of shape `(batch_size, vocab_size)`: float32 scores in nats, `-inf` where excluded and
+        never NaN. A log-probability of the amateur below -65504 counts as that.
 
     Raises:
         ValueError: If the streams differ in shape, or a number is out of its range.
@@ -61,16 +86,16 @@ def contrastive_top_k(
     if not 1 <= k <= cond_logits.shape[-1]:
         raise ValueError(f"`k`={k} must lie between 1 and the vocabulary's {cond_logits.shape[-1]}.")
     check_contrastive(k, alpha, amateur_temperature)
-    cond = cond_logits.float().log_softmax(-1)
-    uncond = (uncond_logits.float() / amateur_temperature).log_softmax(-1)
+    cond = temper(cond_logits, 1.0).log_softmax(-1)
+    # What the amateur holds impossible stays finite, so that it can be drawn from.
+    uncond = temper(uncond_logits.float().clamp(min=FLOAT.min), amateur_temperature).log_softmax(-1)
+    uncond = uncond.clamp(min=-SCORE_LIMIT)
     highest = cond.topk(k, dim=-1).values
     bar = highest.masked_fill(highest == -torch.inf, torch.inf).amin(-1, keepdim=True)
     is_plausible = cond > -torch.inf
     if alpha > 0:
         is_plausible = is_plausible & (cond >= bar + math.log(alpha))
-    # What the amateur holds impossible stays finite, so that it can be drawn from.
-    scores = cond - uncond.clamp(min=torch.finfo(uncond.dtype).min / 2)
-    return scores.masked_fill(~is_plausible, -torch.inf)
+    return (cond - uncond).masked_fill(~is_plausible, -torch.inf)
 
 
 def check_contrastive(k: int, alpha: float, amateur_temperature: float) -> None:
@@ -83,8 +108,8 @@ def check_contrastive(k: int, alpha: float, amateur_temperature: float) -> None:
         raise ValueError(f"`k`={k} must be at least 1.")
     if not 0 <= alpha <= 1:
         raise ValueError(f"`alpha`={alpha} must lie in [0, 1].")
-    if not amateur_temperature > 0:
-        raise ValueError(f"`amateur_temperature`={amateur_temperature} must be above 0.")
+    if not 0 < amateur_temperature < math.inf:
+        raise ValueError(f"`amateur_temperature`={amateur_temperature} must be above 0, and finite.")
 
 
 def guide_logits(streams: torch.Tensor, scales: Sequence[float]) -> torch.Tensor:
@@ -94,19 +119,23 @@ def guide_logits(streams: torch.Tensor, scales: Sequence[float]) -> torch.Tensor
 
     Args:
         streams (`torch.FloatTensor` of shape `(num_streams, batch_size, vocab_size)`):
-            Logits, the fully conditional stream first and the unconditional one last. `-inf` in the first excludes.
+            Logits, the fully conditional stream first and the unconditional one last. `-inf` in the first excludes;
+            in another it counts as -65504, as every logit beyond +-65504 counts as that.
         scales (`Sequence[float]`): One fewer than streams; `scales[j]` stands between stream `j` and `j + 1`.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, vocab_size)`: with all scales 1 the first stream, bit for bit.
+        `torch.FloatTensor` of shape `(batch_size, vocab_size)`: in float32, never NaN; with all scales 1 the first
+        stream, bit for bit.
 
     Source: CM3Leon (arXiv 2309.02591), Eq. 2; three streams as in InstructPix2Pix (arXiv 2211.09800), Eq. 3.
     """
+    streams = streams.float()
     if all(scale == 1 for scale in scales):
         return streams[0]
-    guided = streams[-1]
-    for scale, upper, lower in zip(scales, streams[:-1], streams[1:], strict=True):
-        guided = guided + scale * (upper - lower)
+    bounded = streams.clamp(-SCORE_LIMIT, SCORE_LIMIT)
+    guided = bounded[-1]
+    for scale, upper, lower in zip(scales, bounded[:-1], bounded[1:], strict=True):
+        guided = (guided + scale * (upper - lower)).clamp(FLOAT.min, FLOAT.max)
     return guided.masked_fill(streams[0] == -torch.inf, -torch.inf)
 
 
@@ -223,11 +252,26 @@ class CodesLogitsProcessor(LogitsProcessor):
     def __init__(self, span: ImageSpan, processors: LogitsProcessorList) -> None:
         self.span = span
         self.processors = processors
+        self.is_sound: torch.Tensor | None = None  # asked for at the end only: no token waits for the device
+
+    def refuse_unsound(self) -> None:
+        """Refuses to go on with codes that were drawn from nothing.
+
+        Raises:
+            FloatingPointError: If some row of the model's scores held NaN or infinity, or no code was possible in it.
+        """
+        if self.is_sound is not None and not bool(self.is_sound):
+            raise FloatingPointError(
+                "The model's scores of image codes hold NaN or infinity, or leave no code possible. Use bfloat16 or "
+                "float32 if the model runs in float16; else its weights are broken."
+            )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Turns `scores` of shape `(num_streams * batch_size, vocab_size)` into `(batch_size, vocab_size)`."""
         first = self.span.first_image_token_id
         stop = first + self.span.image_vocab_size
+        is_sound = scores[:, first:stop].amax(-1).isfinite().all()
+        self.is_sound = is_sound if self.is_sound is None else self.is_sound & is_sound
         folded = self.processors(input_ids, scores[:, first:stop])
         whole = scores.new_full((len(folded), scores.shape[-1]), -torch.inf)
         whole[:, first:stop] = folded
@@ -309,6 +353,21 @@ class SomeRowsLogitsProcessor(LogitsProcessor):
         return torch.where(self.rows[:, None], self.processor(input_ids, scores), scores)
 
 
+class TemperLogitsProcessor(LogitsProcessor):
+    """Divides scores by a temperature, see `temper`; the library's own warper overflows where it is low.
+
+    Args:
+        temperature (`float`): Above 0, and finite.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Divides every row."""
+        return temper(scores, self.temperature)
+
+
 class DrawTokenLogitsProcessor(LogitsProcessor):
     """Draws the next token of each row from noise that was drawn before, and leaves it alone possible.
 
@@ -371,10 +430,12 @@ class CodeSampling:
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "image_guidance_scale"):
-            if not (value := self.__dict__[name]) >= 1:
-                raise ValueError(f"`{name}`={value} is below 1. Use 1 to switch guidance off.")
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature`={self.temperature} must be above 0; `do_sample=False` takes the best.")
+            if not 1 <= (value := self.__dict__[name]) < math.inf:
+                raise ValueError(f"`{name}`={value} is below 1 or not finite. Use 1 to switch guidance off.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"`temperature`={self.temperature} must be above 0, and finite; `do_sample=False` takes the best."
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k`={self.top_k} must be at least 1.")
         if not 0 < self.top_p <= 1:
@@ -424,7 +485,7 @@ class CodeSampling:
         if self.scales:
             processors.append(FoldStreamsLogitsProcessor(self.scales, contrastive, contrastive_rows))
         if self.temperature != 1:
-            processors.append(TemperatureLogitsWarper(float(self.temperature)))
+            processors.append(TemperLogitsProcessor(self.temperature))
         if self.decoding == "contrastive":
             return processors
         warpers: list[LogitsProcessor] = []
@@ -447,6 +508,8 @@ __all__ = [
     "ImageSpan",
     "ImageSpanLogitsProcessor",
     "SomeRowsLogitsProcessor",
+    "TemperLogitsProcessor",
     "contrastive_top_k",
     "guide_logits",
+    "temper",
 ]
