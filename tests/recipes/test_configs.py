@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 import pretrain
+import train_clip
 from building import ModelArguments, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.sources import DatasetArguments
@@ -45,6 +46,8 @@ OPTIMISATION = {
 
 
 def kinds_of(config: Path) -> tuple[type, ...]:
+    if config.name.startswith("clip"):
+        return train_clip.ARGUMENTS
     return VAE_ARGUMENTS if config.name.startswith(("vae", "vq")) else pretrain.ARGUMENTS
 
 
@@ -59,7 +62,8 @@ def test_every_recipe_opens_with_paper_and_command_and_parses(config, monkeypatc
     monkeypatch.chdir(ROOT)
     comment = "".join(line for line in config.read_text().splitlines(True) if line.startswith("#"))
     assert config.read_text().startswith("#") and re.search(r"arXiv \d{4}\.\d{5}", comment)
-    recipe = "train_image_tokenizer" if kinds_of(config) is VAE_ARGUMENTS else "pretrain"
+    recipes = {VAE_ARGUMENTS: "train_image_tokenizer", train_clip.ARGUMENTS: "train_clip"}
+    recipe = recipes.get(kinds_of(config), "pretrain")
     assert re.search(
         rf"# accelerate launch .*recipes/{recipe}\.py --config (recipes/configs/{config.name}|<this file>)", comment
     )
