@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CM3LeonProcessor, extend_tokenizer
-from hf_mm.data.text_tokenizer import train_text_tokenizer
+from hf_mm.data.text_tokenizer import end_captions, train_text_tokenizer
 from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration, TransfusionProcessor
 
 
@@ -215,3 +217,22 @@ def picture():
         return Image.fromarray(values, "RGBA").convert(mode) if mode != "RGBA" else Image.fromarray(values)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tokenizer, tmp_path_factory):
+    """A CLIP of random weights that tells inputs apart, saved with its processor; its vectors have 19 numbers."""
+    folder = tmp_path_factory.mktemp("clip")
+    ending = end_captions(tokenizer, 29)
+    ids = {name: getattr(ending, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    tower = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    text = {**tower, **ids, "vocab_size": len(ending), "max_position_embeddings": 29}
+    vision = {**tower, "image_size": 12, "patch_size": 4}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=19))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0, SPREAD)
+    model.save_pretrained(folder)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+    CLIPProcessor(image_processor, ending).save_pretrained(folder)
+    return folder

@@ -22,9 +22,19 @@ def llama():
     return GuidedLlama(config).eval()
 
 
+@pytest.fixture(params=["running", "grid"])
+def model(make_model, request):
+    return make_model(image_positions=request.param)
+
+
 @pytest.fixture
-def model(make_model):
+def running_model(make_model):
     return make_model()
+
+
+@pytest.fixture
+def grid_model(make_model):
+    return make_model(image_positions="grid")
 
 
 def prompts(model, *lengths, seed=0):
@@ -69,7 +79,7 @@ def greedy_both_ways(model, mask_value=0):
     return model.generate(ids, **arguments), GenerationMixin.generate(model, ids, **arguments)
 
 
-@pytest.mark.parametrize("name", ["llama", "model"])
+@pytest.mark.parametrize("name", ["llama", "running_model", "grid_model"])
 def test_guided_greedy_decoding_gives_the_tokens_of_the_librarys_two_forwards(name, request):
     model = request.getfixturevalue(name)
     guided, expected = greedy_both_ways(model)
@@ -136,7 +146,7 @@ def test_processors_and_several_sequences_work_behind_guidance(llama, scale):
     assert sequences.shape == (6, 8) and set(seen) == {(6, (6, 53))}
 
 
-@pytest.mark.parametrize("name", ["llama", "model"])
+@pytest.mark.parametrize("name", ["llama", "running_model", "grid_model"])
 def test_static_and_dynamic_caches_and_none_agree(name, request):
     model = request.getfixturevalue(name)
     ids, negative = torch.randint(10, 50, (2, 4)), torch.randint(10, 50, (2, 2))
@@ -504,7 +514,7 @@ def test_plain_generate_is_the_librarys_but_for_the_placeholder(model):
                 ids,
                 attention_mask=mask,
                 do_sample=True,
-                max_new_tokens=7,
+                max_new_tokens=19,
                 suppress_tokens=[model.config.image_token_id],
             )
         )

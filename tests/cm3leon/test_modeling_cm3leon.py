@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from transformers import DynamicCache, StaticCache
 
-from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CM3LeonModel
-from hf_mm.cm3leon.layout_cm3leon import shift_labels
+from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CM3LeonModel, modeling_cm3leon
+from hf_mm.cm3leon.layout_cm3leon import places_in_image, shift_labels
 
 
 EOS, PAD = 2, 0
@@ -171,6 +172,40 @@ def test_attention_weights_are_shown_where_asked(make_model):
     torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(1, 2, 4))
 
 
+def test_places_are_counted_anew_in_every_image():
+    config = SimpleNamespace(first_image_token_id=100, image_vocab_size=10)
+    ids = torch.tensor([[100, 109, 5, 104, 103, 102, 110], [7, 99, 101, 101, 101, 8, 100]])
+    assert places_in_image(ids, config).tolist() == [[0, 1, -1, 0, 1, 2, -1], [-1, -1, 0, 1, 2, -1, 0]]
+
+
+def test_a_grid_tells_codes_their_place_and_adds_one_table(make_model):
+    model = make_model(image_positions="grid").double()
+    short = documents(model.config)[0]
+    running = make_model()
+    assert set(model.state_dict()) - set(running.state_dict()) == {"model.embed_places.weight"}
+    ids = torch.tensor([short])
+    moved = places_in_image(ids, model.config).clamp(max=3)
+    expected, other = (model(input_ids=ids, image_places=value).logits for value in (None, moved))
+    first = (places_in_image(ids, model.config) > 3)[0].nonzero()[0, 0]
+    torch.testing.assert_close(other[:, :first], expected[:, :first])
+    assert (other[:, first] - expected[:, first]).abs().max() > 1e-3
+
+
+def test_places_that_cannot_be_known_are_refused(make_model):
+    model = make_model(image_positions="grid")
+    row = documents(model.config)[0]
+    ids, cache = torch.tensor([row]), DynamicCache(config=model.config)
+    model(input_ids=ids[:, :2], past_key_values=cache)
+    model(input_ids=ids[:, 2:5], past_key_values=cache)
+    with pytest.raises(ValueError, match="image_places"):
+        model(input_ids=ids[:, 5:6], past_key_values=cache)
+    with pytest.raises(ValueError, match="image_places"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    codes = torch.full((1, model.config.tokens_per_image + 1), model.config.first_image_token_id)
+    with pytest.raises(ValueError, match="run of more codes than the 16"):
+        model(input_ids=codes)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(make_model, side):
     model = make_model()
@@ -184,8 +219,9 @@ def test_padding_changes_nothing(make_model, side):
     torch.testing.assert_close(out.logits[:, kept], expected.logits, rtol=0, atol=1e-4)
 
 
-def test_packing_changes_nothing(make_model):
-    model = make_model().train()
+@pytest.mark.parametrize("image_positions", ["running", "grid"])
+def test_packing_changes_nothing(make_model, image_positions):
+    model = make_model(image_positions=image_positions).train()
     rows = documents(model.config)
     separate, packed = batch_of(rows), pack(rows, padding=7)
     expected, out = model(**separate), model(**packed)
@@ -312,6 +348,37 @@ def test_training_computes_the_same_loss_as_evaluation_and_leaves_the_logits_out
     torch.testing.assert_close(trained.loss, evaluated.loss)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_and_gradients_do_not_depend_on_how_many_scores_are_held(make_model, monkeypatch, tied, autocast):
+    model = make_model(tie_word_embeddings=tied).train()
+    batch, sizes, found = batch_of(documents(model.config)), [], []
+    batch["labels"][1, 3:9] = -100
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    num_targets = int(model.count_targets(batch)["num_items_in_batch"])
+    for rows in (1000, 7, 1, 0.3):
+        monkeypatch.setattr(modeling_cm3leon, "MAX_SCORES", int(rows * model.config.vocab_size))
+        model.zero_grad()
+        sizes.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(**batch)
+        scored = sum(sizes)
+        out.loss.backward()
+        assert scored == num_targets * model.config.vocab_size
+        assert max(sizes) == model.config.vocab_size * (num_targets if rows == 1000 else max(1, int(rows)))
+        found.append(
+            (out, {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+        )
+    expected, grads = found[0]
+    for out, others in found[1:]:
+        for name in ("loss", "text_loss", "image_loss"):
+            torch.testing.assert_close(out[name], expected[name])
+        assert others.keys() == grads.keys()
+        for name, grad in grads.items():
+            difference = (others[name] - grad).abs().max() / grad.abs().max()
+            assert difference < (5e-2 if autocast else 1e-5), name  # sums of bfloat16 gradients are rounded
+
+
 def test_a_batch_without_targets_has_no_loss_and_no_gradient(make_model):
     model = make_model().train()
     batch = batch_of(documents(model.config))
@@ -389,6 +456,16 @@ def test_codes_are_the_nearest_entries_of_the_codebook_row_by_row(make_model):
     torch.testing.assert_close(
         model.decode_image_tokens(model.encode_images(pixels)), tokenizer.decode(vectors).sample
     )
+
+
+@pytest.mark.parametrize("fields", [{}, {"vq_embed_dim": 5}])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_codes_become_pictures_whatever_the_tokenizers_decode_takes(make_model, tiny_vq, fields, lookup):
+    model = make_model(vq_config={**tiny_vq, **fields, "lookup_from_codebook": lookup})
+    tokenizer, pixels = model.image_tokenizer, torch.rand(2, 3, 8, 8) * 2 - 1
+    # Quantizing is what either kind of tokenizer does by itself with what its encoder gives.
+    expected = tokenizer.decode(tokenizer.encode(pixels).latents).sample
+    torch.testing.assert_close(model.decode_image_tokens(model.encode_images(pixels)), expected)
 
 
 @pytest.mark.parametrize(

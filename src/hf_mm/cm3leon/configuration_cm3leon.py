@@ -21,6 +21,8 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 CODE_TOKEN = "<code:{}>"
 SENTINEL_TOKEN = "<sentinel:{}>"
 
+IMAGE_POSITIONS = ("running", "grid")
+
 # Pixels per code where the configuration names no image tokenizer. Source: CM3Leon, section 2.1: 256 px, 1024 codes.
 PAPER_VQ_STRIDE = 8
 
@@ -50,6 +52,10 @@ class CM3LeonConfig(PreTrainedConfig):
         num_attention_heads (`int`, defaults to 16): Attention heads.
         max_position_embeddings (`int`, defaults to 4096): Longest document.
         hidden_act (`str`, defaults to `"relu"`): Activation of the feed-forward layers.
+        image_positions (`str`, defaults to `"running"`):
+            `"running"`: codes have the running positions alone, as in the paper, so a picture's positions shift with
+            the length of the text in front of it. `"grid"`: a learned embedding of a code's place in its image is
+            added, so that a small model need not find out where a row begins.
         layer_norm_eps (`float`, defaults to 1e-5): Added to the variance by the layer norms, which have no weights.
         initializer_range (`float`, defaults to 0.006):
             Standard deviation of the weights, a normal cut at three of them.
@@ -102,6 +108,7 @@ class CM3LeonConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     max_position_embeddings: int = 4096
     hidden_act: str = "relu"
+    image_positions: str = "running"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.006
     position_initializer_range: float = 0.0002
@@ -131,6 +138,8 @@ class CM3LeonConfig(PreTrainedConfig):
                 f"{self.image_size} pixels, {self.tokens_per_image} codes and 3 delimiters. Raise it to at least "
                 f"{shortest}, or lower `image_size`."
             )
+        if self.image_positions not in IMAGE_POSITIONS:
+            raise ValueError(f"`image_positions`={self.image_positions!r} must be one of {IMAGE_POSITIONS}.")
         if self.image_guidance_scale < 1:
             raise ValueError(f"`image_guidance_scale`={self.image_guidance_scale} is below 1. Use 1 for no guidance.")
         if self.vq_config is not None and self.vq_config["num_vq_embeddings"] != self.image_vocab_size:

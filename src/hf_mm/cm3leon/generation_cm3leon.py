@@ -9,6 +9,7 @@ the scores is in `logits_cm3leon.py`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeAlias
 
 import psutil  # type: ignore[import-untyped]
@@ -18,6 +19,7 @@ from transformers.configuration_utils import get_head_shapes
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from .guidance_cm3leon import GuidedGenerationMixin
+from .layout_cm3leon import places_in_image
 from .logits_cm3leon import (
     CodeSampling,
     CodesLogitsProcessor,
@@ -429,6 +431,18 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
     def replace_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Puts the codes of pictures where their placeholders stand."""
         return input_ids if pixel_values is None else self.model.place_images(input_ids, pixel_values)
+
+    @wraps(ImageGenerationMixin.prepare_inputs_for_generation)  # by whose names the library knows its arguments
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Adds, behind a cache, the places of codes in their images, where the model wants to know them."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        rows = inputs["input_ids"]
+        if self.config.image_positions == "grid" and rows is not None and rows.shape[1] < input_ids.shape[1]:
+            places = places_in_image(input_ids, self.config)[:, -rows.shape[1] :]
+            inputs["image_places"] = places.repeat(len(rows) // len(input_ids), 1)
+        return inputs
 
     def create_masks_for_generate(self, config: Any, attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
         """Leaves the mask to `forward`, which tells padding from packed documents by it; used for static caches."""

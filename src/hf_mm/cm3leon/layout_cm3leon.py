@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .configuration_cm3leon import CM3LeonConfig
+
 
 @dataclass
 class CM3LeonOutput(ModelOutput):
@@ -77,6 +79,53 @@ def running_positions(
     if attention_mask is None or attention_mask.ndim != 2:
         return torch.arange(length, device=inputs_embeds.device)[None] + past_length
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+def places_in_image(input_ids: torch.Tensor, config: CM3LeonConfig) -> torch.Tensor:
+    """Numbers each code by how many codes stand directly in front of it: in a whole image, its place in raster order.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Documents from their beginning.
+        config ([`CM3LeonConfig`]): Tells codes from other ids.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, sequence_length)`: -1 for what is no code.
+    """
+    first = config.first_image_token_id
+    is_code = (input_ids >= first) & (input_ids < first + config.image_vocab_size)
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last_other = torch.where(is_code, -1, index).cummax(-1).values
+    return torch.where(is_code, index - last_other - 1, -1)
+
+
+def find_places(input_ids: torch.Tensor | None, config: CM3LeonConfig, *, goes_on: bool) -> torch.Tensor:
+    """Finds the places of codes for a model that needs them and was not told.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): What is read.
+        config ([`CM3LeonConfig`]): Tells codes from other ids.
+        goes_on (`bool`): Whether they go on from a cache, which does not tell what was read.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, sequence_length)`: -1 for what is no code.
+
+    Raises:
+        ValueError: If the places cannot be known, or there are more codes in a row than an image has.
+    """
+    needed = (
+        '`image_places`, the place of each code in its image, -1 elsewhere, is needed with `image_positions`="grid" '
+        "where `inputs_embeds` are given, or codes behind a filled cache."
+    )
+    if input_ids is None:
+        raise ValueError(needed)
+    places = places_in_image(input_ids, config)
+    if goes_on:
+        refuse_unless((places < 0).all(), needed)
+    refuse_unless(
+        (places < config.tokens_per_image).all(),
+        f"`input_ids` holds a run of more codes than the {config.tokens_per_image} of an image.",
+    )
+    return places
 
 
 def refuse_unless(condition: torch.Tensor, message: str) -> None:

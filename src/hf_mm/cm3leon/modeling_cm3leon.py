@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -27,11 +28,22 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cm3leon import CM3LeonConfig
 from .generation_cm3leon import CM3LeonGenerationMixin
-from .layout_cm3leon import CM3LeonOutput, refuse_leaky_packing, refuse_unless, running_positions, shift_labels
+from .image_codes_cm3leon import decode_codes
+from .layout_cm3leon import (
+    CM3LeonOutput,
+    find_places,
+    refuse_leaky_packing,
+    refuse_unless,
+    running_positions,
+    shift_labels,
+)
 
 
 # Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
 INIT_CUTOFF = 3.0
+
+# Scores that the loss holds at a time, 64 MiB in float32; beyond these they are computed again in the backward pass.
+MAX_SCORES = 2**24
 
 
 def eager_attention_forward(
@@ -59,6 +71,14 @@ class ResidualProjection(nn.Linear):
 
 class PositionEmbedding(nn.Embedding):
     """The learned positions: told apart because they begin smaller than other weights."""
+
+
+class ImagePlaceEmbedding(nn.Embedding):
+    """Tells each code its place in its image."""
+
+    def forward(self, places: torch.Tensor) -> torch.Tensor:
+        """Embeds places `(B, L)`, -1 for what is no code and gets zeros."""
+        return super().forward(places.clamp(min=0)) * (places >= 0)[..., None]
 
 
 class CM3LeonAttention(nn.Module):
@@ -190,6 +210,9 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_places = None
+        if config.image_positions == "grid":
+            self.embed_places = ImagePlaceEmbedding(config.tokens_per_image, config.hidden_size)
         self.layers = nn.ModuleList(CM3LeonDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.image_tokenizer = None
@@ -263,10 +286,7 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
             f"`image_ids` holds ids that are no image codes, which are {self.config.image_token_ids}.",
         )
         grid = self.config.image_size // self.config.vq_stride
-        vectors = tokenizer.quantize.get_codebook_entry(
-            codes.flatten(), shape=(len(codes), grid, grid, tokenizer.quantize.vq_embed_dim)
-        )
-        return tokenizer.decode(vectors, force_not_quantize=True).sample
+        return decode_codes(tokenizer, codes.view(-1, grid, grid))
 
     def place_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Puts the codes of pictures where their placeholders stand.
@@ -302,6 +322,7 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        image_places: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -319,6 +340,9 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
                 Embeddings instead of `input_ids`.
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
                 Pictures in [-1, 1], encoded here with the frozen image tokenizer.
+            image_places (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Place of each code in its image, -1 elsewhere; only for `image_positions="grid"`. Found in `input_ids`
+                if left out, unless these go on from a cache: `generate` gives it.
             use_cache (`bool`, *optional*): Whether to return `past_key_values`.
             kwargs: Passed on to the attention.
 
@@ -327,12 +351,13 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
 
         Raises:
             ValueError: If pictures and placeholders do not match, packed documents would see each other, or a
-                document is longer than there are positions.
+                document is longer than there are positions, or the places of codes cannot be known.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(self.place_images(input_ids, pixel_values))
+            input_ids = self.place_images(input_ids, pixel_values)
+            inputs_embeds = self.embed_tokens(input_ids)
         elif pixel_values is not None:
             raise ValueError("`pixel_values` need `input_ids`, where their placeholders stand, not `inputs_embeds`.")
         refuse_leaky_packing(position_ids, attention_mask, past_key_values, use_cache)
@@ -356,6 +381,11 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
             position_ids=position_ids,
         )
         hidden_states = inputs_embeds + self.embed_positions(positions)
+        if self.embed_places is not None:
+            places = image_places
+            if places is None:
+                places = find_places(input_ids, self.config, goes_on=past_length > 0)
+            hidden_states = hidden_states + self.embed_places(places)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -451,25 +481,36 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cross-entropy of all targets, of those that are text and of those that are codes, each a mean.
 
-        Only the positions that have a target are scored.
+        Only the positions that have a target are scored, and never more than `MAX_SCORES` scores are held at a time.
         """
         flat, wanted = hidden.flatten(0, 1), targets.flatten()
         if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position instead
             index = (wanted != -100).nonzero().flatten()
             flat, wanted = flat[index], wanted[index]
-        losses = F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=-100, reduction="none")
-        is_code = self._is_code(wanted)
+        pieces = [pair.split(max(1, MAX_SCORES // self.config.vocab_size)) for pair in (flat, wanted)]
+        if len(pieces[0]) > 1:
+            sums = [
+                checkpoint(self._sum_losses, *pair, use_reentrant=False, preserve_rng_state=False)
+                for pair in zip(*pieces, strict=True)
+            ]
+        else:
+            sums = [self._sum_losses(flat, wanted)]
+        total, image_total = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
         if num_items is None:
             num_items = (wanted != -100).sum()
         if num_image_items is None:
-            num_image_items = is_code.sum()
-        counts = [torch.as_tensor(count, device=losses.device) for count in (num_items, num_image_items)]
-        total, image_total = losses.sum(), losses.masked_fill(~is_code, 0.0).sum()
+            num_image_items = self._is_code(wanted).sum()
+        counts = [torch.as_tensor(count, device=total.device) for count in (num_items, num_image_items)]
         return (
             total / counts[0].clamp(min=1),
             (total - image_total).detach() / (counts[0] - counts[1]).clamp(min=1),
             image_total.detach() / counts[1].clamp(min=1),
         )
+
+    def _sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums the cross-entropy of positions `(number, D)`, of all targets and of those that are codes."""
+        losses = F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="none")
+        return losses.sum(), losses.masked_fill(~self._is_code(targets), 0.0).sum()
 
     @can_return_tuple
     def forward(

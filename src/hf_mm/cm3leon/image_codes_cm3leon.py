@@ -1,0 +1,26 @@
+"""Codes of the image tokenizer to pixels, for every model here that draws. Knows codes from 0, no ids of a vocabulary."""
+
+import torch
+from diffusers import VQModel
+
+
+@torch.no_grad()
+def decode_codes(tokenizer: VQModel, codes: torch.Tensor) -> torch.Tensor:
+    """Turns codes into pictures.
+
+    Args:
+        tokenizer (`VQModel`): Whatever its `lookup_from_codebook`, which says what its `decode` is given: codes or
+            the entries of its codebook.
+        codes (`torch.LongTensor` of shape `(num_images, rows, columns)`): In `[0, codebook_size)`.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_images, channels, height, width)`: in [-1, 1] but for overshoots.
+    """
+    shape = (*codes.shape, tokenizer.quantize.vq_embed_dim)
+    if tokenizer.config.lookup_from_codebook:
+        return tokenizer.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
+    entries = tokenizer.quantize.get_codebook_entry(codes.flatten(), shape)
+    return tokenizer.decode(entries, force_not_quantize=True).sample
+
+
+__all__ = ["decode_codes"]
