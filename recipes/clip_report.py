@@ -2,22 +2,25 @@
 
 import json
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPProcessor
 
-from hf_mm.data.captioned_pictures import CaptionedPictures, PairCollator
+from hf_mm.data.captioned_pictures import CaptionedPictures
+from hf_mm.data.clip_encoder import ClipEncoder
 from hf_mm.data.icon_glyphs import GLYPH_SETS, OBJECT_COLORS
 from hf_mm.data.icon_records import describe, scene_key
 from hf_mm.evaluation.retrieval import retrieval_recall
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.samples import save_captioned_grid
+
+
+BATCH_SIZE, NUM_SHOWN = 64, 16
 
 
 def find_labels(rows: Dataset, captions: list[str]) -> list[Hashable]:
@@ -49,19 +52,9 @@ def change_one_word(scene: dict[str, Any], attribute: str, rng: random.Random) -
     return describe(scene, random.Random(wording)), describe({**scene, "objects": objects}, random.Random(wording))
 
 
-@torch.no_grad()
-def embed(
-    model: CLIPModel, collate: PairCollator, pairs: list[Any], batch_size: int = 64
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeds pictures and captions, each `(N, D)` and of length 1."""
-    images, texts = [], []
-    for start in range(0, len(pairs), batch_size):
-        batch = {name: value.to(model.device) for name, value in collate(pairs[start : start + batch_size]).items()}
-        batch.pop("caption_ids")
-        output = model(**batch)
-        images.append(output.image_embeds.float().cpu())
-        texts.append(output.text_embeds.float().cpu())
-    return torch.cat(images).numpy(), torch.cat(texts).numpy()
+def in_batches(encode: Callable[[Sequence[Any]], np.ndarray], items: Sequence[Any]) -> np.ndarray:
+    """Encodes many pictures or captions, a few at a time; (N, D)."""
+    return np.concatenate([encode(items[start : start + BATCH_SIZE]) for start in range(0, len(items), BATCH_SIZE)])
 
 
 class ClipReport:
@@ -71,7 +64,7 @@ class ClipReport:
         accelerator (`Accelerator`): Of the run.
         parts (`TrainingParts`): The trainer and its averaged weights.
         model (`CLIPModel`): The model in it.
-        collate ([`PairCollator`]): Makes its batches.
+        processor (`CLIPProcessor`): Of the model.
         pairs ([`CaptionedPictures`]): Held-out pairs.
         num_pairs (`int`): How many of them.
         output_dir (`Path`): Of the run.
@@ -82,43 +75,39 @@ class ClipReport:
         accelerator: Accelerator,
         parts: TrainingParts,
         model: CLIPModel,
-        collate: PairCollator,
+        processor: CLIPProcessor,
         pairs: CaptionedPictures,
         num_pairs: int,
         output_dir: Path,
     ) -> None:
-        self.accelerator, self.parts, self.model, self.collate = accelerator, parts, model, collate
-        self.output_dir = output_dir
+        self.accelerator, self.parts, self.model, self.processor = accelerator, parts, model, processor
+        self.pairs, self.output_dir = pairs, output_dir
         self.rows = pairs.rows.select(range(min(num_pairs, len(pairs.rows))))
-        self.read_pairs: Callable[[], list[Any]] = lambda: pairs.first(num_pairs)
 
     def _averaged(self) -> Any:
         """Puts the averaged weights in place for a `with` block."""
         self.model.eval()
         return ema_weights(self.parts.ema, trainable_parameters(self.parts.model))
 
+    def _encode(self) -> tuple[ClipEncoder, list[Any], np.ndarray, np.ndarray]:
+        """Gives the encoder, the pairs, and the unit vectors of their pictures and captions, each (N, D)."""
+        encoder = ClipEncoder(self.model, self.processor, self.accelerator.device)
+        pairs = self.pairs.first(len(self.rows))
+        pictures, captions = zip(*pairs, strict=True)
+        return encoder, pairs, in_batches(encoder.encode_images, pictures), in_batches(encoder.encode_texts, captions)
+
     def measure(self) -> dict[str, float]:
         """Measures recall with the weights as they are and, on icon scenes, the choice between two captions."""
-        pairs = self.read_pairs()
-        images, texts = embed(self.model, self.collate, pairs)
-        labels = find_labels(self.rows, [caption for _, caption in pairs])
-        measured = retrieval_recall(images @ texts.T, labels)
+        encoder, pairs, images, texts = self._encode()
+        measured = retrieval_recall(images @ texts.T, find_labels(self.rows, [caption for _, caption in pairs]))
         if "scene" in self.rows.column_names:
             scenes = [json.loads(scene) for scene in self.rows["scene"]]
             for attribute in ("glyph", "color"):
-                measured[f"right_{attribute}_preferred"] = self._choose(images, pairs, scenes, attribute)
+                rng = random.Random(0)
+                captions = zip(*(change_one_word(scene, attribute, rng) for scene in scenes), strict=True)
+                right, wrong = ((images * in_batches(encoder.encode_texts, side)).sum(axis=1) for side in captions)
+                measured[f"right_{attribute}_preferred"] = float((right > wrong).mean())
         return measured
-
-    def _choose(self, images: np.ndarray, pairs: list[Any], scenes: list[dict[str, Any]], attribute: str) -> float:
-        """Share of pictures that are closer to their caption than to one with another glyph or colour."""
-        rng = random.Random(0)
-        captions = [change_one_word(scene, attribute, rng) for scene in scenes]
-        pictures = [picture for picture, _ in pairs]
-        similarities = [
-            (images * embed(self.model, self.collate, list(zip(pictures, side, strict=True)))[1]).sum(axis=1)
-            for side in zip(*captions, strict=True)
-        ]
-        return float((similarities[0] > similarities[1]).mean())
 
     def evaluate(self, step: int) -> None:
         """Logs what is measured."""
@@ -135,19 +124,18 @@ class ClipReport:
         if not self.accelerator.is_main_process:
             return
         with self._averaged():
-            pairs = self.read_pairs()
-            images, texts = embed(self.model, self.collate, pairs)
-        best = (images @ texts.T).argmax(axis=1)[:16]
+            _, pairs, images, texts = self._encode()
+        best = (images @ texts.T).argmax(axis=1)[:NUM_SHOWN]
         shown = [pairs[number][0] for number in range(len(best))]
         path = self.output_dir / "samples" / f"step-{step:06d}.png"
         save_captioned_grid(shown, [pairs[number][1] for number in best], path)
 
-    def export(self, processor: Any) -> dict[str, float]:
+    def export(self) -> dict[str, float]:
         """Saves model, processor and what was measured into the output folder; for the main process."""
         with self._averaged():
             measured = self.measure()
             self.model.save_pretrained(self.output_dir)
-        processor.save_pretrained(self.output_dir)
+        self.processor.save_pretrained(self.output_dir)
         text = json.dumps({**measured, "num_pairs": len(self.rows)}, indent=2)
         (self.output_dir / "retrieval.json").write_text(text, encoding="utf-8")
         return measured

@@ -191,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     progress = TrainingProgress()
     identity: dict[str, Any] = asdict(clip_args) | asdict(data_args) | asdict(caption_args)
     checkpoints = Checkpoints(accelerator, parts, progress, recipe, identity)
-    collate, form_weights = PairCollator(processor), caption_args.form_weights()
+    form_weights = caption_args.form_weights()
     pairs = CaptionedPictures(rows, form_weights, recipe.seed)
-    loader = build_batches(pairs, collate, caption_args, recipe, accelerator, checkpoints.resume())
+    loader = build_batches(pairs, PairCollator(processor), caption_args, recipe, accelerator, checkpoints.resume())
     held_out_pairs = CaptionedPictures(held_out, form_weights, recipe.seed + 1)
-    shown = ClipReport(accelerator, parts, model, collate, held_out_pairs, clip_args.num_eval_documents, output_dir)
+    shown = ClipReport(accelerator, parts, model, processor, held_out_pairs, clip_args.num_eval_documents, output_dir)
     train(
         accelerator,
         parts,
@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         loss_parts=LOSS_PARTS,
     )
     if accelerator.is_main_process:
-        measured = json.dumps({name: round(value, 3) for name, value in shown.export(processor).items()})
+        measured = json.dumps({name: round(value, 3) for name, value in shown.export().items()})
         print(f"The model is in {output_dir}, with {measured} on {len(shown.rows)} pairs.")
         if recipe.push_to_hub is not None:
             print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")
