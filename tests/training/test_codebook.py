@@ -122,6 +122,42 @@ def test_codes_are_drawn_from_latents_in_proportion_to_their_squared_distance() 
     assert draw_codes(vq, torch.zeros(1, CODE_LENGTH, 2, 2), 4, generator).shape == (0, CODE_LENGTH)
 
 
+def test_what_was_drawn_counts_for_what_is_drawn_next() -> None:
+    vq = make_vq()
+    with torch.no_grad():
+        vq.quantize.embedding.weight.zero_()
+    latents = torch.zeros(1, CODE_LENGTH, 9, 10)
+    latents[0, 0] = 5 + torch.rand(9, 10, generator=torch.Generator().manual_seed(1)) / 100  # a plain background
+    latents[0, 0, 4, 4:6] = torch.tensor([7.0, 9.0])
+    for seed in range(20):
+        drawn = draw_codes(vq, latents, 3, torch.Generator().manual_seed(seed))
+        assert sorted(drawn[:, 0].round().tolist()) == [5, 7, 9]
+
+
+def test_local_codes_learn_from_their_own_pixels_and_not_from_the_decoder() -> None:
+    vq, images = make_vq(), make_images()
+    codec = VQCodec(vq, local_codes=True)
+    for codec.is_quantizing in (True, False):
+        reconstruction, cost = codec(images)
+        torch.testing.assert_close(reconstruction, VQCodec(vq)(images)[0] if codec.is_quantizing else reconstruction)
+        reconstruction.square().mean().backward(retain_graph=True)
+        assert vq.encoder.conv_in.weight.grad is None and vq.decoder.conv_out.weight.grad.abs().sum() > 0
+        cost.mean().backward()
+        assert vq.encoder.conv_in.weight.grad.abs().sum() > 0
+        codec.zero_grad()
+    plain = VQCodec(vq)(images)[1]
+    codec.is_quantizing = True
+    with torch.no_grad():
+        own = codec.own_pixels(vq.quantize.embedding(find_codes(vq, vq.encode(images).latents)).permute(0, 3, 1, 2))
+        expected = plain + (own - images).abs().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(codec(images)[1], expected)
+        changed = torch.zeros(1, CODE_LENGTH, 3, 5)
+        changed[..., 1, 2] = 1.0
+        told = (codec.own_pixels(changed) - codec.own_pixels(torch.zeros_like(changed))).abs().sum(dim=(0, 1))
+    stride = images.shape[-1] // vq.encode(images).latents.shape[-1]
+    assert told[stride : 2 * stride, 2 * stride : 3 * stride].sum() == told.sum() > 0
+
+
 def test_only_dead_codes_are_revived_and_the_average_takes_them_as_they_are() -> None:
     codec = VQCodec(make_vq())
     parameters = [*codec.parameters()]

@@ -68,9 +68,12 @@ def measure_usage(vq: VQModel, images: Iterable[torch.Tensor]) -> CodebookUsage:
 
 @torch.no_grad()
 def draw_codes(vq: VQModel, latents: torch.Tensor, num_codes: int, generator: torch.Generator) -> torch.Tensor:
-    """Draws latent pixels to be codes, in proportion to their squared distance to the nearest code there is.
+    """Draws latent pixels to be codes, each in proportion to its squared distance to the nearest code there is.
 
-    Source: k-means++ (Arthur and Vassilvitskii 2007), whose draws are one after the other. Differs: all at once.
+    Each drawn code counts for the draws after it, so that what fills pictures, such as a plain background, becomes a
+    code once and not many times over.
+
+    Source: k-means++ (Arthur and Vassilvitskii 2007).
 
     Args:
         vq (`VQModel`): The tokenizer.
@@ -82,14 +85,18 @@ def draw_codes(vq: VQModel, latents: torch.Tensor, num_codes: int, generator: to
         `torch.FloatTensor` of shape `(at most num_codes, c)`: Fewer where fewer latent pixels are no codes yet.
 
     """
-    entries = vq.quantize.embedding(find_codes(vq, latents))  # (N, h, w, c)
-    pixels = latents.permute(0, 2, 3, 1)
-    distances = (pixels - entries).square().sum(dim=-1).flatten().double().cpu()
-    num_codes = min(num_codes, int((distances > 0).sum()))
-    if num_codes == 0:
-        return pixels.flatten(0, 2)[:0]
-    chosen = torch.multinomial(distances, num_codes, generator=generator)
-    return pixels.flatten(0, 2)[chosen.to(pixels.device)]
+    entries = vq.quantize.embedding(find_codes(vq, latents)).flatten(0, 2)  # (N h w, c)
+    pixels = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    distances = (pixels - entries).square().sum(dim=-1)
+    drawn = []
+    for value in torch.rand(num_codes, generator=generator).to(pixels.device):
+        reached = distances.double().cumsum(dim=0)
+        if not bool(reached[-1] > 0):
+            break
+        code = pixels[torch.searchsorted(reached, value * reached[-1], right=True).clamp(max=len(pixels) - 1)]
+        drawn.append(code)
+        distances = torch.minimum(distances, (pixels - code).square().sum(dim=-1))
+    return torch.stack(drawn) if drawn else pixels[:0]
 
 
 class CodebookUpkeep:

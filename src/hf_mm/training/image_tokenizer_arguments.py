@@ -33,6 +33,9 @@ class ImageTokenizerArguments:
     latent_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL, summed over the latent."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of codebook and commitment of a VQModel."})
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment within it."})
+    local_codes: bool = field(
+        default=False, metadata={"help": "Codes of a VQModel learn from the pixels under them alone."}
+    )
     code_revival_steps: int | None = field(
         default=200, metadata={"help": "Every so many steps usage is logged, and codes not used since are drawn anew."}
     )
@@ -109,7 +112,8 @@ def build_trainer(arguments: ImageTokenizerArguments, tokenizer: AutoencoderKL |
     names = {"perceptual_distance": arguments.perceptual_model, "identity_distance": arguments.identity_model}
     codec: KLCodec | VQCodec
     if isinstance(tokenizer, VQModel):
-        codec, latent_weight = VQCodec(tokenizer, arguments.commitment_weight), arguments.codebook_weight
+        codec = VQCodec(tokenizer, arguments.commitment_weight, local_codes=arguments.local_codes)
+        latent_weight = arguments.codebook_weight
     else:
         codec, latent_weight = KLCodec(tokenizer), arguments.latent_weight
     return ImageTokenizerTrainer(

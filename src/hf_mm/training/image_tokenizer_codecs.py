@@ -58,6 +58,10 @@ class VQCodec(nn.Module):
     Args:
         vq (`VQModel`): The tokenizer to train.
         commitment_weight (`float`, defaults to 0.25): Weight of the commitment beside that of the codebook's term.
+        local_codes (`bool`, defaults to `False`):
+            Whether encoder and codes learn from the pixels under each code alone, which one linear layer must tell
+            from it (L1, joined to the second loss), and the decoder from codes as they are. Otherwise encoders write
+            about an object all around it, which small models of codes cannot read. Not in the papers; ours.
 
     Attributes:
         is_quantizing (`bool`): Set to False, it passes latents on as they are, which lets encoder and decoder find
@@ -67,9 +71,14 @@ class VQCodec(nn.Module):
 
     code_counts: torch.Tensor
 
-    def __init__(self, vq: VQModel, commitment_weight: float = 0.25) -> None:
+    def __init__(self, vq: VQModel, commitment_weight: float = 0.25, *, local_codes: bool = False) -> None:
         super().__init__()
         self.vq, self.commitment_weight, self.is_quantizing = vq, commitment_weight, True
+        self.own_pixels: nn.Module | None = None
+        if local_codes:
+            stride = 2 ** (len(vq.config.block_out_channels) - 1)
+            code_length, num_values = vq.quantize.embedding.weight.shape[1], vq.config.out_channels * stride**2
+            self.own_pixels = nn.Sequential(nn.Conv2d(code_length, num_values, 1), nn.PixelShuffle(stride))
         self.register_buffer("code_counts", torch.zeros(vq.config.num_vq_embeddings, dtype=torch.long))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,13 +88,14 @@ class VQCodec(nn.Module):
             pixel_values (`torch.FloatTensor` of shape `(N, C, H, W)`): In [-1, 1].
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: The reconstruction `(N, C, H, W)`, and the loss of the codebook and of
-            the commitment to it of each image `(N,)`, a mean over its latent; 0 where nothing is quantized.
+            `tuple[torch.Tensor, torch.Tensor]`: The reconstruction `(N, C, H, W)`, and of each image `(N,)` the loss
+            of the codebook and of the commitment to it, means over the latent and 0 where nothing is quantized, and
+            with local codes of what they tell of their own pixels.
 
         """
         latents = self.vq.encode(pixel_values).latents.float()
         if not self.is_quantizing:
-            return self._decode(latents), latents.new_zeros(len(latents))
+            return self._reconstruct(latents, latents.new_zeros(len(latents)), pixel_values)
         codes = find_codes(self.vq, latents)  # (N, h, w)
         if self.training:
             self._count(codes)
@@ -93,7 +103,17 @@ class VQCodec(nn.Module):
         codebook = (entries - latents.detach()).square()
         commitment = (entries.detach() - latents).square()
         quantized = latents + (entries - latents).detach()
-        return self._decode(quantized), (codebook + self.commitment_weight * commitment).mean(dim=(1, 2, 3))
+        cost = (codebook + self.commitment_weight * commitment).mean(dim=(1, 2, 3))
+        return self._reconstruct(quantized, cost, pixel_values)
+
+    def _reconstruct(
+        self, latents: torch.Tensor, cost: torch.Tensor, pixel_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes; local codes do not learn from it, but from their own pixels."""
+        if self.own_pixels is None:
+            return self._decode(latents), cost
+        own = (self.own_pixels(latents) - pixel_values).abs().mean(dim=(1, 2, 3))
+        return self._decode(latents.detach()), cost + own
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes without `vq.decode`, which would quantize again or, with `lookup_from_codebook`, take codes."""
