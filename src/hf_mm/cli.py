@@ -77,7 +77,7 @@ def generate(
     height: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels. Default: the model's.")] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Divides the scores of codes, of CM3Leon. Default: 1.")
+        float | None, typer.Option(help="Divides the scores of codes, of CM3Leon. Default: the model's.")
     ] = None,
     top_p: Annotated[
         float | None, typer.Option(max=1, help="Probability that codes are drawn from, of CM3Leon. Default: 1.")

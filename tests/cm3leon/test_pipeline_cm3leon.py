@@ -10,6 +10,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.tokenization_utils_base import BatchEncoding
 
 from hf_mm.cm3leon import CM3LeonPipeline, CodeSampling, generation_cm3leon
+from hf_mm.data.cm3_masking import CM3Masking, mask_document, move_spans
 
 
 @pytest.fixture
@@ -69,6 +70,11 @@ def test_the_drawing_is_the_models_behind_the_prompt_of_the_paper(make_pipeline)
     scale = config.image_guidance_scale
     assert torch.equal(default, codes_of(pipe, "a red star", guidance_scale=scale, generator=seeded(3)))
     assert not torch.equal(default, codes_of(pipe, "a red star", guidance_scale=1, generator=seeded(3)))
+    config.image_temperature = 0.1
+    cold = codes_of(pipe, "a red star", generator=seeded(3))
+    assert torch.equal(cold, codes_of(pipe, "a red star", temperature=0.1, generator=seeded(3)))
+    assert torch.equal(default, codes_of(pipe, "a red star", temperature=1.0, generator=seeded(3)))
+    assert not torch.equal(default, cold)
 
 
 def test_a_generator_per_prompt_draws_the_same_whatever_the_batch(make_pipeline):
@@ -350,6 +356,22 @@ def test_a_caption_is_asked_for_by_the_infill_prompt_and_ends_with_its_span(make
     assert write.prompts[0].tolist() == [[eos, unknown, config.break_token_id, *image, eos, unknown]]
 
 
+def test_captions_hold_no_break(make_pipeline, picture):
+    pipe = make_pipeline()
+
+    class Favour(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, pipe.model.config.break_token_id] += 50
+            return scores
+
+    written = []
+    decode = pipe._decode_text
+    pipe._decode_text = lambda rows: written.extend(rows) or decode(rows)
+    pipe.caption(picture(0), max_new_tokens=5, logits_processor=LogitsProcessorList([Favour()]))
+    pipe.infill_caption(picture(0), "a ___", max_new_tokens=5, logits_processor=LogitsProcessorList([Favour()]))
+    assert len(written) == 2 and not any(pipe.model.config.break_token_id in row for row in written)
+
+
 def test_gaps_of_a_caption_are_filled_one_after_the_other(make_pipeline, picture):
     pipe = make_pipeline()
     write = Write(pipe, " red", " white background")
@@ -372,6 +394,12 @@ def test_gaps_of_a_caption_are_filled_one_after_the_other(make_pipeline, picture
     ]
     assert write.prompts[0].tolist() == [[*document, first]]
     assert write.prompts[1].tolist() == [[*document, first, *pieces[2], config.eoss_token_id, first + 1]]
+
+
+def test_a_gap_filled_with_what_marks_gaps_is_not_filled_again(make_pipeline, picture):
+    pipe = make_pipeline()
+    processors = LogitsProcessorList([Write(pipe, " a", " kite")])
+    assert pipe.infill_caption(picture(0), "two a or a", blank="a", logits_processor=processors) == ["two a or kite"]
 
 
 def test_texts_with_different_numbers_of_gaps_are_filled_together(make_pipeline, picture):
@@ -411,16 +439,76 @@ def test_a_region_is_drawn_behind_the_document_with_one_span_missing(make_pipeli
     draw = pipe.model.draw_images
     pipe.model.draw_images = lambda *args, **kwargs: rows.append((args, kwargs)) or draw(*args, **kwargs)
     pipe.infill_region([picture(0), picture(1)], (2, 2, 6, 5), ["kite", "kite"], guidance_scale=2.0)
+    pipe.infill_region(picture(0), (2, 2, 6, 5), "kite")
     pipe.model.draw_images = draw
+    assert "negative_input_ids" not in rows[1][1]  # no guidance unless asked for
     ((ids, _), kwargs), first = rows[0], config.first_sentinel_token_id
     eos, opening = config.eos_token_id, config.break_token_id
     image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
     text = pipe.processor.tokenizer("kite", add_special_tokens=False)["input_ids"]
     assert ids[0].tolist() == [eos, *text, opening, *image[:5], first, *image[11:], eos, first]
-    textless = [eos, first, opening, *image[:5], first + 1, *image[11:], eos, first + 1]
-    assert kwargs["negative_input_ids"][0].tolist() == [textless]
+    assert kwargs["negative_input_ids"][0].tolist() == [[eos, first, opening, *image[:5]]]
     codes = [token - config.first_image_token_id for token in image]
     assert kwargs["given_codes"][0].tolist() == [-1, -1, codes[7], codes[8], -1, -1]
+
+
+def masking_of(config):
+    names = ("break_token_id", "eos_token_id", "eoss_token_id", "first_sentinel_token_id", "num_sentinel_tokens")
+    return CM3Masking(**{name: vars(config)[name] for name in names}, max_spans=5, whole_segment_share=0.5)
+
+
+def test_regions_are_drawn_behind_prefixes_that_training_makes(make_pipeline, picture):
+    pipe = make_pipeline()
+    config, texts, drawn = pipe.model.config, [], []
+    masking, draw, write = masking_of(config), pipe.model.draw_images, pipe._write_spans
+    pipe.model.draw_images = lambda *args, **kwargs: drawn.append((args, kwargs)) or draw(*args, **kwargs)
+    pipe._write_spans = lambda *args, **kwargs: texts.append(write(*args, **kwargs)) or texts[-1]
+    pipe.infill_region([picture(0)] * 2, (2, 2, 6, 5), ["kite", ""], guidance_scale=2.0)
+    pipe.infill_region(picture(0), (0, 0, 8, 8))
+    pipe.model.draw_images = draw
+    image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
+    ((ids, mask), kwargs), ((whole, _), _) = drawn
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    negatives = [
+        row[keep.bool()].tolist()
+        for row, keep in zip(kwargs["negative_input_ids"][:, 0], kwargs["negative_attention_mask"][:, 0], strict=True)
+    ]
+    known = pipe.processor.tokenizer("kite", add_special_tokens=False)["input_ids"]
+    ((written,),) = texts[0]
+    assert written and config.break_token_id not in written
+    for text, spans, prefix, negative in (
+        (known, slice(1, 2), rows[0], negatives[0]),
+        (written, slice(0, 2), rows[1], negatives[1]),
+    ):
+        document = np.array([config.eos_token_id, *text, config.break_token_id, *image, config.eos_token_id])
+        start = len(text) + 2
+        places = [(1, len(text) + 1), (start + 5, start + 11)]
+        masked = move_spans(document, places[spans], masking).tolist()
+        assert masked == [*prefix, *image[5:11], config.eoss_token_id]
+        # No other stream where the text is the model's own; else that of the caption alone missing.
+        others = prefix if spans.start == 0 else move_spans(document, places[:1], masking).tolist()[: len(negative)]
+        assert negative == others and negative[-1] == (prefix[-1] if spans.start == 0 else image[4])
+    assert whole.tolist() == [[config.eos_token_id, config.first_sentinel_token_id, config.break_token_id]]
+
+
+def test_training_masks_a_text_together_with_a_region_and_writes_the_text_first(make_config):
+    config = make_config()
+    masking, codes = masking_of(config), [config.first_image_token_id + place for place in range(16)]
+    document = [masking.eos_token_id, 11, 12, masking.break_token_id, *codes, masking.eos_token_id]
+    first, found = masking.first_sentinel_token_id, 0
+    for seed in range(4000):
+        masked = mask_document(document, torch.Generator().manual_seed(seed), masking).tolist()
+        if masked[1:3] == [first, masking.break_token_id] and first + 1 in masked:
+            tail = masked[masked.index(masking.eos_token_id, 1) + 1 :]
+            found += 1
+            assert tail[:5] == [first, 11, 12, masking.eoss_token_id, first + 1]
+    assert found > 5
+
+
+def test_a_region_without_a_prompt_needs_room_for_its_codes_only(make_pipeline, picture):
+    pipe = make_pipeline(max_position_embeddings=25)
+    codes = pipe.infill_region(picture(0), (2, 2, 6, 5), output_type="codes").images
+    assert codes.shape == (1, 16)
 
 
 @pytest.mark.parametrize(

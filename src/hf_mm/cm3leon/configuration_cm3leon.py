@@ -66,6 +66,7 @@ class CM3LeonConfig(PreTrainedConfig):
             Configuration of the frozen diffusers `VQModel`. `None`: the model reads and writes codes only.
         image_size (`int`, defaults to 256): Height and width, in pixels, of every picture.
         image_guidance_scale (`float`, defaults to 3.0): Guidance of a drawing when none is asked for; 1 is off.
+        image_temperature (`float`, defaults to 1.0): Divides the scores of codes when no temperature is asked for.
 
     Raises:
         ValueError: If a field is out of its range or the fields do not fit each other.
@@ -117,6 +118,7 @@ class CM3LeonConfig(PreTrainedConfig):
     vq_config: dict | None = None
     image_size: int = 256
     image_guidance_scale: float | int = 3.0
+    image_temperature: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
@@ -142,6 +144,8 @@ class CM3LeonConfig(PreTrainedConfig):
             raise ValueError(f"`image_positions`={self.image_positions!r} must be one of {IMAGE_POSITIONS}.")
         if self.image_guidance_scale < 1:
             raise ValueError(f"`image_guidance_scale`={self.image_guidance_scale} is below 1. Use 1 for no guidance.")
+        if self.image_temperature <= 0:
+            raise ValueError(f"`image_temperature`={self.image_temperature} must be above 0.")
         if self.vq_config is not None and self.vq_config["num_vq_embeddings"] != self.image_vocab_size:
             raise ValueError(
                 f"`image_vocab_size`={self.image_vocab_size} is not the size of the image tokenizer's codebook, "

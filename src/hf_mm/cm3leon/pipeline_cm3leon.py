@@ -155,7 +155,7 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
         num_candidates: int | None = None,
         image_guidance_scale: float = 1.0,
         do_sample: bool = True,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float = 1.0,
         decoding: str = "top_p",
@@ -184,7 +184,7 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
                 first.
             image_guidance_scale (`float`, defaults to 1.0): How closely to follow `image`; 1 is off.
             do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.
-            temperature (`float`, defaults to 1.0): Divides the scores.
+            temperature (`float`, *optional*): Divides the scores. Defaults to the model's `image_temperature`.
             top_k (`int`, *optional*): Draws from that many best codes only.
             top_p (`float`, defaults to 1.0): Draws from the fewest best codes that have this probability together.
             decoding (`str`, defaults to `"top_p"`):
@@ -244,8 +244,11 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def _sampling(self, guidance_scale: float | None, **fields: Any) -> CodeSampling:
-        """Settings of a drawing, with the model's guidance where none is asked for."""
-        scale = self.model.config.image_guidance_scale if guidance_scale is None else guidance_scale
+        """Settings of a drawing, with the model's guidance and temperature where none is asked for."""
+        config = self.model.config
+        scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
+        if fields.get("temperature") is None:
+            fields["temperature"] = config.image_temperature
         self._guidance_scale = scale
         return CodeSampling(guidance_scale=scale, **fields)
 
