@@ -11,6 +11,10 @@ from diffusers import ImagePipelineOutput
 from PIL import Image
 
 
+# Tokens of the text that the model writes before it draws a region without a prompt: those of a caption.
+MAX_TEXT_TOKENS = 64
+
+
 class InfillingMixin:
     """What [`CM3LeonPipeline`] fills in."""
 
@@ -55,12 +59,17 @@ class InfillingMixin:
             rows.append(prompt["input_ids"])
             counts.append(len(prompt["span_lengths"]))
         spans = self._write_spans(rows, counts, max_new_tokens, **generate_kwargs)
-        for index, gaps in enumerate(spans):
-            for gap in self._decode_text(gaps):
-                before, _, after = texts[index].partition(blank)
-                gap = gap.lstrip(" ") if not before or before.endswith(" ") else gap
-                texts[index] = before + gap + after
-        return texts
+        return [
+            self._fill_gaps(one.split(blank), self._decode_text(gaps)) for one, gaps in zip(texts, spans, strict=True)
+        ]
+
+    @staticmethod
+    def _fill_gaps(pieces: list[str], gaps: list[str]) -> str:
+        """Joins the known pieces of a text by what was written between them, each space once."""
+        text = pieces[0]
+        for gap, piece in zip(gaps, pieces[1:], strict=True):
+            text += (gap.lstrip(" ") if not text or text.endswith(" ") else gap) + piece
+        return text
 
     def _write_spans(
         self, rows: list[list[int]], counts: list[int], max_new_tokens: int, **generate_kwargs: Any
@@ -85,7 +94,7 @@ class InfillingMixin:
         image: Image.Image | list[Image.Image],
         box: tuple[int, int, int, int],
         prompt: str | list[str] = "",
-        guidance_scale: float | None = None,
+        guidance_scale: float = 1.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -97,12 +106,24 @@ class InfillingMixin:
         The codes from the first to the last one of the box are one missing span, as in training, where many spans are
         rare; those of them beside the box are put in their places as the drawing reaches them.
 
+        What stands in front of the drawn codes is always a prefix that training makes. With a prompt that is the
+        document with this one span missing, up to its sentinel. Without one the text is missing too, and training
+        shows the second span only behind the first one: the model first writes the text, then draws. A whole picture
+        without a prompt is drawn as by the pipeline itself.
+
+        Guidance needs a stream without the text, and none with the picture's both sides can be made: in training the
+        text stands either in its place or in front of the drawn span. Its stream is therefore that of drawing,
+        `<eos> <sentinel:0> <break>` and the codes before the span, which training often shows; so guidance follows the
+        codes behind the span as it follows the text. The paper has no guidance here, which is the default.
+
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures.
             box (`tuple[int, int, int, int]`): Left, upper, right and lower edge in pixels of the model's size, as in
                 PIL; every code that it touches is drawn.
-            prompt (`str` or `list[str]`, defaults to `""`): What the whole picture shows.
-            guidance_scale (`float`, *optional*): As in drawing; without a prompt there is none.
+            prompt (`str` or `list[str]`, defaults to `""`): What the whole picture shows; an empty one leaves it to
+                the model.
+            guidance_scale (`float`, defaults to 1.0): How closely to follow the prompt and what stands behind the
+                region; 1 is off. Pictures without a prompt are not guided.
             num_images_per_prompt (`int`, defaults to 1): As in drawing.
             generator (`torch.Generator` or a list, *optional*): As in drawing.
             output_type (`str`, defaults to `"pil"`): As in drawing.
@@ -127,29 +148,24 @@ class InfillingMixin:
         places = wanted.nonzero().flatten()
         first, stop = int(places[0]), int(places[-1]) + 1
         mask = [first <= place < stop for place in range(len(wanted))]
-        rows, others = [], []
-        for text, codes in zip(prompts, known.tolist(), strict=True):
-            picture = {"type": "image", "codes": codes, "mask": mask}
-            # The span's own sentinel at once, although that of the unknown text comes first: the text stays unknown.
-            textless = [
-                *self.processor.infill_prompt([{"type": "mask"}, picture])["input_ids"][:-1],
-                config.first_sentinel_token_id + 1,
-            ]
-            with_text = self.processor.infill_prompt([{"type": "text", "text": text}, picture])["input_ids"]
-            rows.append(with_text if text else textless)
-            others.append([textless])
+        rows = self._lay_out_regions(prompts, known.tolist(), mask)
+        unconditional = self.processor.unconditional_prompt()
+        others = [
+            [[*unconditional, *self.processor.encode_codes(codes)[:first]] if text else row]
+            for text, codes, row in zip(prompts, known.tolist(), rows, strict=True)
+        ]
         given = known[:, first:stop].masked_fill(wanted[first:stop], -1)
         span = replace(
             self.model.image_span,
             tokens_per_image=stop - first,
-            opening_token_ids=(config.first_sentinel_token_id, config.first_sentinel_token_id + 1),
+            opening_token_ids=(config.first_sentinel_token_id, config.first_sentinel_token_id + 1, unconditional[-1]),
             closing_token_ids=(config.eoss_token_id,),
             always_opens=True,
         )
         drawn = self._draw(
             rows,
             others,
-            self._sampling(guidance_scale if any(prompts) else 1.0, **sampling),
+            self._sampling(guidance_scale, **sampling),
             span=span,
             given_codes=given,
             num_images_per_prompt=num_images_per_prompt,
@@ -160,6 +176,30 @@ class InfillingMixin:
         pictures = self._decode(codes, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
+
+    def _lay_out_regions(self, prompts: list[str], codes: list[list[int]], mask: list[bool]) -> list[list[int]]:
+        """Ids in front of the missing codes; where the text is unknown, the model writes it."""
+        config, unknown = self.model.config, {"type": "mask"}
+        pictures = [{"type": "image", "codes": one, "mask": mask} for one in codes]
+        rows = []
+        for text, picture in zip(prompts, pictures, strict=True):
+            if text:
+                rows.append(self.processor.infill_prompt([{"type": "text", "text": text}, picture])["input_ids"])
+            elif all(mask):  # training leaves one part of every document in its place
+                rows.append(self.processor.unconditional_prompt())
+            else:
+                rows.append(self.processor.infill_prompt([unknown, picture])["input_ids"])
+        textless = [index for index, text in enumerate(prompts) if not text and not all(mask)]
+        if not textless:
+            return rows
+        # Two tokens stand between the text and the codes: the end of its span, and the sentinel of theirs.
+        room = config.max_position_embeddings - len(rows[textless[0]]) - sum(mask) - 2
+        unwritten = [rows[index] for index in textless]
+        max_new_tokens = max(1, min(MAX_TEXT_TOKENS, room))
+        spans = self._write_spans(unwritten, [1] * len(textless), max_new_tokens, min_new_tokens=1)
+        for index, (text_ids,) in zip(textless, spans, strict=True):
+            rows[index] = [*rows[index], *text_ids, config.eoss_token_id, config.first_sentinel_token_id + 1]
+        return rows
 
 
 __all__ = ["InfillingMixin"]
