@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from hf_mm.cm3leon.chameleon_cm3leon import DrawingChameleonForConditionalGeneration
+from hf_mm.cm3leon.convert_vqgan_cm3leon import build_vq_model_from_chameleon
 from hf_mm.cm3leon.logits_cm3leon import CodeSampling, ImageSpanLogitsProcessor
 
 
@@ -145,8 +148,11 @@ def test_logits_are_untouched_where_guidance_is_off(model):
 
 
 class FavourOpening(LogitsProcessor):
+    def __init__(self, amount=12):
+        self.amount = amount
+
     def __call__(self, input_ids, scores):
-        scores[:, OPENS] += 12
+        scores[:, OPENS] += self.amount
         return scores
 
 
@@ -196,6 +202,100 @@ def test_pictures_of_a_prompt_become_ids(model):
     assert torch.equal(drawn, model.draw_images(placed, generator=seeded(0)))
     with pytest.raises(ValueError, match="8 image placeholders.*9 codes"):
         model.replace_images(ids[:, 3:], pixels)
+
+
+def original_decoder(width=32, latent_channels=6):
+    """Random weights of the decoder of levels of one width, by the names and shapes of the original code."""
+    blocks = ["mid.block_1", "mid.block_2", *[f"up.{level}.block.{number}" for level in range(3) for number in (0, 1)]]
+    norms = ["norm_out", "mid.attn_1.norm", *[f"{block}.norm{number}" for block in blocks for number in (1, 2)]]
+    shapes = {name: (width,) for name in norms}
+    shapes |= {f"{block}.conv{number}": (width, width, 3, 3) for block in blocks for number in (1, 2)}
+    shapes |= {f"up.{level}.upsample.conv": (width, width, 3, 3) for level in (1, 2)}
+    shapes |= {f"mid.attn_1.{layer}": (width, width, 1, 1) for layer in ("q", "k", "v", "proj_out")}
+    shapes |= {"conv_in": (width, latent_channels, 3, 3), "conv_out": (3, width, 3, 3)}
+    weights = {f"decoder.{name}.weight": torch.randn(shape) * 0.2 for name, shape in shapes.items()}
+    return weights | {f"decoder.{name}.bias": torch.randn(shape[0]) * 0.2 for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def vq(model):
+    torch.manual_seed(1)
+    vqmodel = model.model.vqmodel
+    with torch.no_grad():  # entries where the encoder's vectors are, for pictures to have codes of all kinds
+        vectors = vqmodel.quant_conv(vqmodel.encoder(torch.rand(4, 3, 12, 12) * 2 - 1)).permute(0, 2, 3, 1)
+        vqmodel.quantize.embedding.weight.copy_(vectors.reshape(-1, 6)[:NUM_CODES])
+    return build_vq_model_from_chameleon(vqmodel, original_decoder())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = {"<s>": BOS, "<pad>": PAD, "</s>": EOS, "<unk>": 3, "<racm3:break>": OPENS, "<eoss>": CLOSES}
+    words |= {word: 38 + number for number, word in enumerate("a red blue star kite on top of it".split())}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def as_arrays(pixels):
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def test_a_picture_that_was_read_is_decoded_as_its_own_tokenizer_would(model, vq):
+    pixels = torch.rand(3, 3, 12, 12) * 2 - 1
+    ids = model.get_image_tokens(pixels).view(3, 9)
+    assert len(ids.unique()) > 5
+    torch.testing.assert_close(model.decode_image_tokens(ids, vq), vq.decode(vq.encode(pixels).latents).sample)
+
+
+def test_prompts_become_pictures_in_one_call(model, vq, tokenizer):
+    sampling = CodeSampling(guidance_scale=2.0, top_p=0.9)
+    pictures = model.draw_pictures(
+        ["a red kite", "star"], tokenizer, vq, sampling=sampling, generator=seeded(0, 1), num_images_per_prompt=2
+    )
+    assert [picture.size for picture in pictures] == [(12, 12)] * 4
+    ids = torch.tensor([[BOS, 38, 39, 42], [PAD, PAD, BOS, 41]])
+    image_ids = model.draw_images(
+        ids, (ids != PAD).long(), sampling=sampling, generator=seeded(0, 1), num_images_per_prompt=2
+    )
+    # From the spelling of each code to its entry, with nothing of the calls in between.
+    codes = torch.tensor([[FIRST + NUM_CODES - 1 - token for token in row] for row in image_ids.tolist()])
+    entries = model.model.vqmodel.quantize.embedding.weight[codes].view(4, 3, 3, 6).permute(0, 3, 1, 2)
+    expected = as_arrays(vq.decode(entries, force_not_quantize=True).sample.detach())
+    np.testing.assert_allclose(np.stack(pictures).astype(int), expected.astype(int), atol=1)
+    assert len(np.unique(np.stack(pictures).reshape(4, -1), axis=0)) > 1
+    (alone,) = model.draw_pictures("star", tokenizer, vq, generator=seeded(5))
+    assert alone.size == (12, 12)
+
+
+def test_documents_of_the_one_call_hold_whole_pictures_and_no_delimiters(model, vq, tokenizer):
+    decoded, decode = [], model.decode_image_tokens
+    model.decode_image_tokens = lambda ids, vq: decoded.append(ids) or decode(ids, vq)
+    torch.manual_seed(0)
+    documents = model.write_documents(
+        ["a red kite", "star", "it"], tokenizer, vq, max_images=2, max_new_tokens=7, do_sample=True, eos_token_id=EOS,
+        logits_processor=LogitsProcessorList([FavourOpening(3)]), draw_kwargs={"generator": seeded(0)[0]},
+    )  # fmt: skip
+    del model.decode_image_tokens
+    parts = [part for document in documents for part in document]
+    pictures = [part for part in parts if not isinstance(part, str)]
+    assert len(documents) == 3 and len(pictures) == len(decoded) > 2 and len(pictures) < len(parts)
+    assert all(picture.size == (12, 12) for picture in pictures)
+    assert all(ids.shape == (1, 9) and model.image_span.is_code(ids).all() for ids in decoded)
+    assert not any("<racm3" in part or "<eoss>" in part for part in parts if isinstance(part, str))
+
+
+def test_what_is_no_picture_of_this_model_is_not_decoded(model, vq):
+    ids = torch.full((1, 9), FIRST)
+    with pytest.raises(ValueError, match=r"image_ids.*\(1, 8\).*9 codes"):
+        model.decode_image_tokens(ids[:, :8], vq)
+    with pytest.raises(ValueError, match="image_ids.*no image codes"):
+        model.decode_image_tokens(ids - 1, vq)
+    other = type(vq)(**{**vq.config, "num_vq_embeddings": 31})
+    with pytest.raises(ValueError, match="image_tokenizer.*31 codes.*29"):
+        model.decode_image_tokens(ids, other)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Chameleon and Anole checkpoints that draw: transformers' own class behind the decoding of CM3Leon.
 
 The library's class reads pictures and writes text only; its forward forbids image codes. This one gives their logits
-too and says where they are; guidance, image spans and interleaving are then those of `generation_cm3leon.py`.
+too and says where they are; guidance, image spans and interleaving are then those of `generation_cm3leon.py`. The
+decoder of the codes, which the library has not either, comes from `convert_vqgan_cm3leon.py`.
 """
 
+from math import isqrt
 from typing import Any
 
 import torch
-from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+from diffusers import VQModel
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -15,6 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .generation_cm3leon import ImageGenerationMixin
+from .image_codes_cm3leon import decode_codes
 from .logits_cm3leon import ImageSpan
 
 
@@ -39,8 +45,13 @@ class DrawingChameleonForConditionalGeneration(ImageGenerationMixin, ChameleonFo
 
     Example:
         >>> model = DrawingChameleonForConditionalGeneration.from_pretrained(checkpoint)  # doctest: +SKIP
-        >>> image_ids = model.draw_images(input_ids, sampling=CodeSampling(guidance_scale=3))  # doctest: +SKIP
-        >>> pixels = decode(model.image_codes(image_ids))  # doctest: +SKIP
+        >>> tokenizer = AutoTokenizer.from_pretrained(checkpoint)  # doctest: +SKIP
+        >>> decoder = load_vqgan_state_dict("vqgan.ckpt")  # of the original release  # doctest: +SKIP
+        >>> vq = build_vq_model_from_chameleon(model.model.vqmodel, decoder)  # doctest: +SKIP
+        >>> sampling = CodeSampling(guidance_scale=3)  # doctest: +SKIP
+        >>> model.draw_pictures("a red kite", tokenizer, vq, sampling=sampling)[0].save("kite.png")  # doctest: +SKIP
+        >>> model.write_documents("How is a kite made?", tokenizer, vq)[0]  # doctest: +SKIP
+        ['Take two sticks ...', <PIL.Image.Image image mode=RGB size=512x512 at 0x7F01>, 'and then ...']
 
     """
 
@@ -100,6 +111,108 @@ class DrawingChameleonForConditionalGeneration(ImageGenerationMixin, ChameleonFo
         mapping = self.model.vocabulary_mapping
         codes = torch.tensor([mapping.bpe2img[token] for token in mapping.image_tokens], device=image_ids.device)
         return codes[image_ids - self.image_span.first_image_token_id]
+
+    @torch.no_grad()
+    def decode_image_tokens(self, image_ids: torch.Tensor, image_tokenizer: VQModel) -> torch.Tensor:
+        """Turns ids of codes into pictures.
+
+        Args:
+            image_ids (`torch.LongTensor` of shape `(num_images, tokens_per_image)`): From `draw_images`.
+            image_tokenizer (`VQModel`): From `build_vq_model_from_chameleon`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, 3, height, width)`: in [-1, 1] but for overshoots.
+
+        Raises:
+            ValueError: If a picture has another number of codes, an id is no code, or the tokenizer another codebook.
+        """
+        span = self.image_span
+        if (num_codes := image_tokenizer.config.num_vq_embeddings) != span.image_vocab_size:
+            raise ValueError(
+                f"`image_tokenizer` has a codebook of {num_codes} codes; the vocabulary has {span.image_vocab_size}. "
+                "Build it from this model's own with `build_vq_model_from_chameleon`."
+            )
+        if image_ids.ndim != 2 or image_ids.shape[1] != span.tokens_per_image:
+            raise ValueError(
+                f"`image_ids` has shape {tuple(image_ids.shape)}; a picture of this model has {span.tokens_per_image} "
+                "codes."
+            )
+        if not bool(span.is_code(image_ids).all()):
+            raise ValueError("`image_ids` holds ids that are no image codes. Give what `draw_images` returned.")
+        side = isqrt(span.tokens_per_image)
+        codes = self.image_codes(image_ids).to(image_tokenizer.device)
+        return decode_codes(image_tokenizer, codes.view(-1, side, side))
+
+    def draw_pictures(
+        self,
+        prompt: str | list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        image_tokenizer: VQModel,
+        **draw_kwargs: Any,
+    ) -> list[Image.Image]:
+        """Draws pictures from prompts: from strings to PIL in one call.
+
+        Args:
+            prompt (`str` or `list[str]`): What to draw.
+            tokenizer (`PreTrainedTokenizerBase`): The checkpoint's.
+            image_tokenizer (`VQModel`): From `build_vq_model_from_chameleon`.
+            draw_kwargs: Those of `draw_images`, such as `sampling`, `generator` and `num_images_per_prompt`.
+
+        Returns:
+            `list[PIL.Image.Image]`: those of one prompt side by side.
+
+        Raises:
+            ValueError: If an argument of `draw_images` is out of range, or the image tokenizer does not fit.
+        """
+        image_ids = self.draw_images(**self._tokenize(prompt, tokenizer), **draw_kwargs)
+        return self._show(image_ids, image_tokenizer)
+
+    def write_documents(
+        self,
+        prompt: str | list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        image_tokenizer: VQModel,
+        **generate_kwargs: Any,
+    ) -> list[list[str | Image.Image]]:
+        """Continues prompts with text and whole pictures, as the model decides, until it ends.
+
+        Args:
+            prompt (`str` or `list[str]`): How the documents begin.
+            tokenizer (`PreTrainedTokenizerBase`): The checkpoint's.
+            image_tokenizer (`VQModel`): From `build_vq_model_from_chameleon`.
+            generate_kwargs: Those of `generate_interleaved`, such as `max_images` and `draw_kwargs`.
+
+        Returns:
+            `list[list[str | PIL.Image.Image]]`: for each prompt what was added, in order.
+
+        Raises:
+            ValueError: As `draw_pictures`.
+        """
+        documents = self.generate_interleaved(**self._tokenize(prompt, tokenizer), **generate_kwargs)
+        shown = [[self._show_part(part, tokenizer, image_tokenizer) for part in parts] for parts in documents]
+        return [[part for part in parts if part != ""] for parts in shown]
+
+    def _tokenize(self, prompt: str | list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+        """Ids and mask of prompts, padded on the left."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(self.device)
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def _show_part(
+        self, part: torch.Tensor, tokenizer: PreTrainedTokenizerBase, image_tokenizer: VQModel
+    ) -> str | Image.Image:
+        """Turns one part of a document into a string or a picture."""
+        if part.ndim == 2:
+            return self._show(part, image_tokenizer)[0]
+        delimiters = (*self.image_span.opening_token_ids, *self.image_span.closing_token_ids)
+        return tokenizer.decode(
+            [token for token in part.tolist() if token not in delimiters], skip_special_tokens=True
+        )
+
+    def _show(self, image_ids: torch.Tensor, image_tokenizer: VQModel) -> list[Image.Image]:
+        """Turns ids of codes into pictures of PIL."""
+        pixels = self.decode_image_tokens(image_ids, image_tokenizer).float()
+        return VaeImageProcessor(do_resize=False).postprocess(pixels, output_type="pil")
 
     @can_return_tuple
     def forward(

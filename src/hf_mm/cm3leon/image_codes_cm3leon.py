@@ -1,4 +1,4 @@
-"""Codes of the image tokenizer to pixels, for every model here that draws. Knows codes from 0, no ids of a vocabulary."""
+"""Codes of the image tokenizer to pixels, for every model here that draws. Knows codes from 0, no vocabulary."""
 
 import torch
 from diffusers import VQModel
