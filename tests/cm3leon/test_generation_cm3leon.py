@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -313,6 +315,27 @@ def test_three_streams_follow_the_image_and_the_text(model):
         scores = scores[config.first_image_token_id :][: config.image_vocab_size]
         codes.append(int(scores.argmax()) + config.first_image_token_id)
     assert drawn == codes
+
+
+@pytest.mark.parametrize("image_positions", ["running", "grid"])
+def test_streams_whose_prompts_hold_codes_go_on_where_they_are(make_model, image_positions):
+    """As in filling in a region: behind a sentinel in one stream, in the middle of the image in the other."""
+    model = make_model(image_positions=image_positions)
+    ids, mask = prompts(model, 3, 5)
+    first = model.config.first_image_token_id
+    others = torch.tensor([[*model.unconditional_prompt(), first + 3, first + 7, first + 7]]).expand(2, 1, -1)
+    sampling = CodeSampling(guidance_scale=3.0, do_sample=False)
+    span = replace(model.image_span, tokens_per_image=9)
+    drawn = model.draw_images(ids, mask, negative_input_ids=others, sampling=sampling, span=span)
+    for row in range(2):
+        codes = []
+        for _ in range(9):
+            c, u = (
+                model(torch.tensor([prompt.tolist() + codes])).logits[0, -1, first:][: model.config.image_vocab_size]
+                for prompt in (ids[row][mask[row].bool()], others[row, 0])
+            )
+            codes.append(int((u + 3.0 * (c - u)).argmax()) + first)
+        assert drawn[row].tolist() == codes
 
 
 def test_given_codes_stand_and_the_others_follow_them(model):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers.configuration_utils import get_head_shapes
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .guidance_cm3leon import GuidedGenerationMixin
+from .guidance_cm3leon import GuidedGenerationMixin, stack_streams
 from .layout_cm3leon import places_in_image
 from .logits_cm3leon import (
     CodeSampling,
@@ -440,8 +440,8 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         rows = inputs["input_ids"]
         if self.config.image_positions == "grid" and rows is not None and rows.shape[1] < input_ids.shape[1]:
-            places = places_in_image(input_ids, self.config)[:, -rows.shape[1] :]
-            inputs["image_places"] = places.repeat(len(rows) // len(input_ids), 1)
+            whole = stack_streams(input_ids, kwargs.get("negative_input_ids"))
+            inputs["image_places"] = places_in_image(whole, self.config)[:, -rows.shape[1] :]
         return inputs
 
     def create_masks_for_generate(self, config: Any, attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:

@@ -21,6 +21,24 @@ def pad_left(rows: torch.Tensor, mask: torch.Tensor, length: int) -> tuple[torch
     return F.pad(rows, (extra, 0)), F.pad(mask, (extra, 0))
 
 
+def stack_streams(input_ids: torch.Tensor, negative_input_ids: torch.Tensor | None) -> torch.Tensor:
+    """Lists the ids of all rows of all streams, which have the answer so far in common.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, length)`): Prompts, and the answer so far behind them.
+        negative_input_ids (`torch.LongTensor` of shape `(batch_size, num_streams - 1, prompt_length)`, *optional*):
+            Prompts of the other streams, as long as those.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_streams * batch_size, length)`: stream by stream.
+    """
+    if negative_input_ids is None:
+        return input_ids
+    prompts = negative_input_ids.transpose(0, 1).flatten(0, 1)
+    answers = input_ids[:, prompts.shape[1] :].repeat(negative_input_ids.shape[1], 1)
+    return torch.cat([input_ids, torch.cat([prompts, answers], -1)])
+
+
 class GuidedGenerationMixin(GenerationMixin):
     """`generate` with guidance in one forward per token: the streams of all rows are one batch with one cache.
 
@@ -131,9 +149,7 @@ class GuidedGenerationMixin(GenerationMixin):
         if next_sequence_length is not None and next_sequence_length <= num_new:
             rows = input_ids[:, -next_sequence_length:].repeat(num_streams, 1)
         else:
-            prompts = negative_input_ids.transpose(0, 1).flatten(0, 1)
-            answers = input_ids[:, input_ids.shape[1] - num_new :].repeat(num_streams - 1, 1)
-            rows = torch.cat([input_ids, torch.cat([prompts, answers], -1)])
+            rows = stack_streams(input_ids, negative_input_ids)
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return prepare(
             rows, attention_mask=mask, position_ids=positions, next_sequence_length=next_sequence_length, **kwargs
