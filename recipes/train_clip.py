@@ -6,6 +6,10 @@ accelerate launch recipes/train_clip.py --config recipes/configs/clip_tiny.yaml 
 
 The same command goes on where a stopped run was. The output folder is then an ordinary repo of transformers, which
 `CLIPModel`, `CLIPProcessor` and `pipeline("zero-shot-image-classification")` load, with `retrieval.json` beside it.
+To draw eight candidates and keep the one it likes best:
+
+    clip = {"reranker": CLIPModel.from_pretrained(folder), "reranker_processor": CLIPProcessor.from_pretrained(folder)}
+    DiffusionPipeline.from_pretrained("runs/cm3leon_tiny", **clip)("a red star", num_candidates=8)
 """
 
 import json
