@@ -102,7 +102,7 @@ class Queries:
 
     def asks_by(self, *, image: bool) -> np.ndarray:
         """Marks those that have an image, or a text."""
-        return (self.image_vectors if image else self.text_vectors).any(axis=1)
+        return np.asarray((self.image_vectors if image else self.text_vectors).any(axis=1))
 
 
 @dataclass

@@ -166,8 +166,8 @@ class VectorFolder:
         Raises:
             ValueError: If they are others.
         """
-        wanted, given = self.manifest, {"num_rows": len(rows)}
-        given["rows_digest"] = digest_rows(_check_rows(rows)) if encoded_from is None else encoded_from
+        digest = digest_rows(_check_rows(rows)) if encoded_from is None else encoded_from
+        wanted, given = self.manifest, {"num_rows": len(rows), "rows_digest": digest}
         if different := {key: (wanted[key], value) for key, value in given.items() if wanted[key] != value}:
             raise ValueError(
                 f"The vectors in {str(self.folder)!r} are of other rows than these: {different} (there, here). Give "
