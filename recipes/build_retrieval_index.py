@@ -21,16 +21,15 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
 
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.clip_encoder import ClipEncoder
 from hf_mm.data.retrieval import IDS, INDEX, MEMORY, NEIGHBORS, QUERIES, SCORES, find_neighbors, open_neighbors
 from hf_mm.data.retrieval_index import build_index
+from hf_mm.data.retrieval_source import RowSource, note_source
 from hf_mm.data.retrieval_strategy import RetrievalStrategy
 from hf_mm.data.retrieval_vectors import VectorFolder, embed_rows
-from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
-from hf_mm.data.text_tokenizer import load_text_tokenizer
+from hf_mm.data.sources import DatasetArguments
 from hf_mm.training.recipe import parse_recipe
 
 
@@ -62,11 +61,9 @@ class IndexArguments:
     seed: int = field(default=0, metadata={"help": "Seed of embedded scenes, as to encode_images.py, and of dropout."})
 
 
-def open_prepared(arguments: IndexArguments, data_args: DatasetArguments, caption_args: CaptionArguments) -> Dataset:
-    """Opens rows as encode_images.py does."""
-    tokenizer = None if arguments.tokenizer_name is None else load_text_tokenizer(arguments.tokenizer_name)
-    rows = open_rows(data_args, image_size=arguments.image_size, seed=arguments.seed)
-    return prepare_rows(rows, data_args, caption_args, tokenizer)[0]
+def name_source(arguments: IndexArguments, data_args: DatasetArguments, caption_args: CaptionArguments) -> RowSource:
+    """Names rows as encode_images.py does."""
+    return RowSource(data_args, caption_args, arguments.image_size, arguments.seed, arguments.tokenizer_name)
 
 
 def describe(folder: Path) -> str:
@@ -89,14 +86,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     encoder = ClipEncoder.from_pretrained(arguments.clip_name, state.device)
     has_memory = arguments.memory_name is not None
     with state.main_process_first():
-        rows = open_prepared(arguments, data_args, caption_args)
+        rows = name_source(arguments, data_args, caption_args).open()
         memory_args = replace(
             data_args,
             dataset_name=arguments.memory_name or data_args.dataset_name,
             dataset_split=arguments.memory_split,
             num_scenes=arguments.memory_num_scenes,
         )
-        memory_rows = open_prepared(arguments, memory_args, caption_args) if has_memory else rows
+        memory_source = name_source(arguments, memory_args if has_memory else data_args, caption_args)
+        memory_rows = memory_source.open() if has_memory else rows
     strategy.check_memory(len(memory_rows))
     sides = {QUERIES: (rows, strategy.query_dropout), MEMORY: (memory_rows, None)}
     for name, (side, dropout) in (sides if has_memory else {MEMORY: sides[QUERIES]}).items():
@@ -117,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     find_neighbors(queries, memory, folder / INDEX, folder / NEIGHBORS, strategy, **share)
     state.wait_for_everyone()
     if state.is_main_process:
+        note_source(folder, memory_source, arguments.clip_name)
         print(describe(folder / NEIGHBORS))
         print(f"Neighbours of {len(rows)} rows among {len(memory_rows)} are in {folder / NEIGHBORS}.")
     state.destroy_process_group()

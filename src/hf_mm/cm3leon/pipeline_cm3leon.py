@@ -1,13 +1,14 @@
 """CM3Leon as a diffusers pipeline: prompts to pictures, pictures to captions, gaps of either filled, both in turn.
 
 Stages only: the model draws and writes, the processor lays documents out. Filling in is in
-`infilling_cm3leon.py`. Imports leaf files only, so that it can travel to a Hub repo.
+`infilling_cm3leon.py`, retrieved documents are in `retrieval_cm3leon.py`. Imports leaf files only, so that it can
+travel to a Hub repo.
 """
 
 # Axes: B prompts, R pictures drawn (B times candidates), S streams, N codes of a picture.
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from .infilling_cm3leon import InfillingMixin
 from .logits_cm3leon import CodeSampling
+from .retrieval_cm3leon import DocumentRetriever, RetrievalMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
-class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
+class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
     """Draws, captions, fills in and interleaves with a CM3Leon model.
 
     Args:
@@ -35,6 +37,7 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
         >>> from diffusers import DiffusionPipeline
         >>> pipe = DiffusionPipeline.from_pretrained(checkpoint)  # doctest: +SKIP
         >>> pipe("a red star on a white background", guidance_scale=3).images[0]  # doctest: +SKIP
+        >>> pipe("a red star", retrieved=[[{"text": "a blue star", "image": star}]]).images[0]  # doctest: +SKIP
 
     """
 
@@ -163,6 +166,9 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
         contrastive_alpha: float | None = None,
         amateur_temperature: float = 1.0,
         cache_implementation: str | None = None,
+        retriever: DocumentRetriever | None = None,
+        num_retrieved: int | None = None,
+        retrieved: list[list[Mapping[str, Any]]] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], Any] | None = None,
@@ -193,6 +199,15 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
             contrastive_alpha (`float`, *optional*): CD-K: fraction of that probability that a code must reach.
             amateur_temperature (`float`, defaults to 1.0): CD-K: divides the unconditional logits.
             cache_implementation (`str`, *optional*): As for the library's `generate`, such as `"static"`.
+            retriever ([`DocumentRetriever`], *optional*):
+                Finds documents for each prompt, such as `hf_mm.data.retrieval.Retriever`. To see what it finds, call
+                its `retrieve` and give `documents` of that as `retrieved`.
+            num_retrieved (`int`, *optional*):
+                Documents for each prompt, as far as the retriever finds them; 2 with a retriever, 0 is off.
+            retrieved (`list[list[dict]]`, *optional*):
+                Documents given by hand, a list for each prompt: `{"text": str, "image": PIL.Image.Image}`, or `codes`
+                from 0 instead of `image`; text or picture may be missing. They stand in front of the prompt in this
+                order, a retriever's best first, in both streams of guidance; the unconditional one drops the prompt.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"codes"`, from 0.
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -204,8 +219,8 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the pictures, those of one prompt side by side.
 
         Raises:
-            ValueError: If an argument is out of range, the prompt leaves no room for the picture, or memory does not
-                hold so many candidates.
+            ValueError: If an argument is out of range, the prompt or its documents leave no room for the picture,
+                or memory does not hold so many candidates.
         """
         num_candidates = num_images_per_prompt if num_candidates is None else num_candidates
         self.check_inputs(
@@ -228,8 +243,14 @@ class CM3LeonPipeline(InfillingMixin, DiffusionPipeline):
             contrastive_alpha=contrastive_alpha,
             amateur_temperature=amateur_temperature,
         )
+        documents = self._find_documents(prompts, images, retriever, num_retrieved, retrieved)
+        laid_out = (
+            self._lay_out_retrieved(prompts, documents)
+            if any(documents)
+            else self._lay_out_prompts(prompts, images, sampling)
+        )
         codes = self._draw(
-            *self._lay_out_prompts(prompts, images, sampling),
+            *laid_out,
             sampling,
             num_images_per_prompt=num_candidates,
             generator=generator,

@@ -18,7 +18,7 @@ from .clip_encoder import ClipEncoder, document_vectors
 from .formats import open_image
 from .retrieval_index import COLUMN, open_index
 from .retrieval_strategy import Candidates, Neighbors, Queries, RetrievalStrategy, choose_neighbors, sample_neighbors
-from .retrieval_vectors import ASKING_COLUMNS, VectorFolder
+from .retrieval_vectors import ASKING_COLUMNS, VectorFolder, find_image, find_text
 from .shards import (
     claim_folder,
     is_intact,
@@ -36,6 +36,7 @@ __all__ = [
     "Retrieved",
     "Retriever",
     "RetrievalStrategy",
+    "as_document",
     "find_neighbors",
     "open_neighbors",
     "sample_neighbors",
@@ -268,6 +269,37 @@ class Retrieved(NamedTuple):
     rows: list[list[dict[str, Any]]]
     scores: list[list[float]]
     ids: list[list[int]]
+
+    @property
+    def documents(self) -> list[list[dict[str, Any]]]:
+        """The rows as a prompt takes them, see [`as_document`]."""
+        return [[as_document(row) for row in rows] for rows in self.rows]
+
+
+def as_document(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Reduces a row to the text that it is found by and its picture, opened, or the codes of that.
+
+    Args:
+        row (`Mapping`): Of a memory bank.
+
+    Returns:
+        `dict`: `text`, and `image` or `codes` where the row has one.
+
+    Raises:
+        ValueError: If its picture is encoded, but not to codes.
+
+    Example:
+        >>> as_document({"description": "a red star", "keywords": ["star"], "codes": [3, 1]})
+        {'text': 'a red star', 'codes': [3, 1]}
+
+    """
+    if row.get("codes") is not None:
+        return {"text": find_text(row), "codes": row["codes"]}
+    if (image := find_image(row)) is not None:
+        return {"text": find_text(row), "image": open_image(image)}
+    if encoded := sorted({"pixels", "latent_mean"} & set(row)):
+        raise ValueError(f"The memory bank has pictures as {encoded}; a prompt takes them as they are, or as codes.")
+    return {"text": find_text(row)}
 
 
 class Retriever:
