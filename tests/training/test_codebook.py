@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,12 +135,35 @@ def test_what_was_drawn_counts_for_what_is_drawn_next() -> None:
         assert sorted(drawn[:, 0].round().tolist()) == [5, 7, 9]
 
 
+def test_codes_to_be_replaced_do_not_count_as_codes() -> None:
+    """Else what lies near one of them would be drawn by none, and lose it."""
+    vq = make_vq()
+    far, here = torch.full((CODE_LENGTH,), 100.0), torch.zeros(CODE_LENGTH)
+    here[0] = 5.0
+    is_dead = torch.ones(NUM_CODES, dtype=torch.bool)
+    is_dead[0] = False
+    with torch.no_grad():
+        vq.quantize.embedding.weight[:] = far
+        vq.quantize.embedding.weight[:2] = torch.stack([torch.zeros(CODE_LENGTH), here])
+    latents = torch.zeros(1, CODE_LENGTH, 2, 3)
+    latents[0, 0] = torch.tensor([[0.0, 5.0, 5.0], [0.0, 6.0, 7.0]])
+    drawn = draw_codes(vq, latents, 3, torch.Generator().manual_seed(0), is_dead=is_dead)
+    assert sorted(drawn[:, 0].tolist()) == [5, 6, 7]
+    vq.encode = lambda images: SimpleNamespace(latents=latents)
+    codec = VQCodec(vq)
+    codec.code_counts[:] = ~is_dead
+    make_upkeep(codec)(20)
+    assert {0, 5, 6, 7} <= {*vq.quantize.embedding.weight[:, 0].tolist()}
+
+
 def test_local_codes_learn_from_their_own_pixels_and_not_from_the_decoder() -> None:
     vq, images = make_vq(), make_images()
     codec = VQCodec(vq, local_codes=True)
     for codec.is_quantizing in (True, False):
         reconstruction, cost = codec(images)
-        torch.testing.assert_close(reconstruction, VQCodec(vq)(images)[0] if codec.is_quantizing else reconstruction)
+        plain = VQCodec(vq)
+        plain.is_quantizing = codec.is_quantizing
+        torch.testing.assert_close(reconstruction, plain(images)[0])
         reconstruction.square().mean().backward(retain_graph=True)
         assert vq.encoder.conv_in.weight.grad is None and vq.decoder.conv_out.weight.grad.abs().sum() > 0
         cost.mean().backward()

@@ -67,7 +67,14 @@ def measure_usage(vq: VQModel, images: Iterable[torch.Tensor]) -> CodebookUsage:
 
 
 @torch.no_grad()
-def draw_codes(vq: VQModel, latents: torch.Tensor, num_codes: int, generator: torch.Generator) -> torch.Tensor:
+def draw_codes(
+    vq: VQModel,
+    latents: torch.Tensor,
+    num_codes: int,
+    generator: torch.Generator,
+    *,
+    is_dead: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Draws latent pixels to be codes, each in proportion to its squared distance to the nearest code there is.
 
     Each drawn code counts for the draws after it, so that what fills pictures, such as a plain background, becomes a
@@ -80,14 +87,18 @@ def draw_codes(vq: VQModel, latents: torch.Tensor, num_codes: int, generator: to
         latents (`torch.FloatTensor` of shape `(N, c, h, w)`): From `vq.encode`.
         num_codes (`int`): How many to draw.
         generator (`torch.Generator`): On the CPU.
+        is_dead (`torch.BoolTensor` of shape `(K,)`, *optional*):
+            Codes that are to be replaced and count for none, unless all are.
 
     Returns:
         `torch.FloatTensor` of shape `(at most num_codes, c)`: Fewer where fewer latent pixels are no codes yet.
 
     """
-    entries = vq.quantize.embedding(find_codes(vq, latents)).flatten(0, 2)  # (N h w, c)
-    pixels = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    distances = (pixels - entries).square().sum(dim=-1)
+    codes = vq.quantize.embedding.weight
+    if is_dead is not None and not bool(is_dead.all()):
+        codes = codes[~is_dead]
+    pixels = latents.permute(0, 2, 3, 1).flatten(0, 2)  # (N h w, c)
+    distances = (pixels - codes[torch.cdist(pixels, codes).argmin(dim=1)]).square().sum(dim=-1)
     drawn = []
     for value in torch.rand(num_codes, generator=generator).to(pixels.device):
         reached = distances.double().cumsum(dim=0)
@@ -162,6 +173,6 @@ class CodebookUpkeep:
         generator = torch.Generator().manual_seed(int(state[0]))  # which heeds 32 bits only
         vq = self.codec.vq
         latents = vq.encode(self.read_images(generator).to(dead.device)).latents.float()
-        codes = broadcast(draw_codes(vq, latents, len(dead), generator))
+        codes = broadcast(draw_codes(vq, latents, len(dead), generator, is_dead=is_dead))
         for table in self.code_tables:
             table[dead[: len(codes)]] = codes.to(table.dtype)
