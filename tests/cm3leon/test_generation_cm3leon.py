@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from hf_mm.cm3leon import generation_cm3leon
@@ -89,6 +89,14 @@ def test_guided_greedy_decoding_gives_the_tokens_of_the_librarys_two_forwards(na
     assert len(guided[:, 7:].unique()) > 8
 
 
+def test_least_lengths_are_counted_without_the_padding_of_longer_negative_prompts(llama):
+    ids, negative = torch.randint(10, 50, (2, 3)), torch.randint(10, 50, (1, 8))
+    arguments = {"guidance_scale": 3.0, "do_sample": False, "negative_prompt_ids": negative, "max_new_tokens": 9}
+    first = llama.generate(ids, **arguments)[0, 3].item()
+    ended = llama.generate(ids[:1], min_length=7, eos_token_id=first, **arguments)
+    assert ended.shape[1] >= 7
+
+
 def test_longer_negative_prompts_leave_no_trace_in_the_answer(llama):
     ids, negative = torch.randint(10, 50, (2, 3)), torch.randint(10, 50, (1, 8))
     arguments = {"guidance_scale": 3.0, "do_sample": False, "negative_prompt_ids": negative}
@@ -98,6 +106,13 @@ def test_longer_negative_prompts_leave_no_trace_in_the_answer(llama):
     )
     assert torch.equal(guided, expected)
     assert torch.equal(llama.generate(ids, max_length=9, **arguments), expected)
+    llama.generation_config.max_length = 9
+    assert torch.equal(llama.generate(ids, **arguments), expected)
+    assert torch.equal(llama.generate(ids, max_new_tokens=6, **arguments), expected)
+    llama.generation_config.max_length = None
+    settings = GenerationConfig(max_length=9, do_sample=False, guidance_scale=3.0, pad_token_id=0)
+    own = llama.generate(ids, negative_prompt_ids=negative, generation_config=settings)
+    assert torch.equal(own, expected)
     output = llama.generate(ids, max_new_tokens=6, return_dict_in_generate=True, output_scores=True, **arguments)
     assert torch.equal(output.sequences, expected) and output.scores[0].shape == (2, 53)
 
@@ -106,6 +121,17 @@ def test_a_guided_step_is_one_forward_of_twice_the_rows(llama):
     rows = count_rows(llama)
     greedy_both_ways(llama)
     assert rows[:12] == [6] * 12 and rows[12:] == [3] * 24
+
+
+def test_text_without_a_mode_may_run_on_with_codes_beyond_an_image(model):
+    """Nothing forbids it there, and codes beyond an image have no place in one."""
+    config = model.config
+    ids, _ = prompts(model, 3)
+    others = [*range(config.first_image_token_id), *range(config.image_token_ids.stop, config.vocab_size)]
+    longer = config.tokens_per_image + 3
+    arguments = {"max_new_tokens": longer, "do_sample": False, "suppress_tokens": others, "eos_token_id": None}
+    written = model.generate(ids, **arguments)[:, ids.shape[1] :]
+    assert written.shape[1] == longer and model.image_span.is_code(written).all()
 
 
 def test_guidance_of_one_is_plain_sampling_bit_for_bit(llama):

@@ -441,7 +441,9 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         rows = inputs["input_ids"]
         if self.config.image_positions == "grid" and rows is not None and rows.shape[1] < input_ids.shape[1]:
             whole = stack_streams(input_ids, kwargs.get("negative_input_ids"))
-            inputs["image_places"] = places_in_image(whole, self.config)[:, -rows.shape[1] :]
+            places = places_in_image(whole, self.config)[:, -rows.shape[1] :]
+            # Text without a mode may run on with codes beyond an image, which have no place in one.
+            inputs["image_places"] = places.masked_fill(places >= self.config.tokens_per_image, -1)
         return inputs
 
     def create_masks_for_generate(self, config: Any, attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:

@@ -105,8 +105,8 @@ class GuidedGenerationMixin(GenerationMixin):
         length = max(width, negative_input_ids.shape[-1])
         input_ids, attention_mask = pad_left(input_ids, attention_mask, length)
         negative_input_ids, negative_attention_mask = pad_left(negative_input_ids, negative_attention_mask, length)
-        if "max_length" in kwargs:
-            kwargs["max_length"] += length - width
+        if length > width:
+            kwargs |= self._lengthen_limits(kwargs, length - width)
         output = super().generate(
             input_ids,
             attention_mask=attention_mask,
@@ -118,6 +118,15 @@ class GuidedGenerationMixin(GenerationMixin):
             return output[:, length - width :]
         output.sequences = output.sequences[:, length - width :]
         return output
+
+    def _lengthen_limits(self, kwargs: dict[str, Any], num_padding: int) -> dict[str, int]:
+        """Adds padding in front to the limits that count the prompt, wherever they are set."""
+        settings = vars(self.generation_config).copy()
+        for given in (vars(kwargs.get("generation_config") or self.generation_config), kwargs):
+            settings |= {name: value for name, value in given.items() if value is not None}
+        kinds = [kind for kind in ("max", "min") if settings[f"{kind}_new_tokens"] is None]
+        limits = {f"{kind}_length": settings[f"{kind}_length"] for kind in kinds}
+        return {name: limit + num_padding for name, limit in limits.items() if limit is not None}
 
     def prepare_inputs_for_generation(
         self,
