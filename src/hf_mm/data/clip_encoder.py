@@ -94,7 +94,7 @@ def drop_tokens(ids: Sequence[int], share: float, rng: np.random.Generator) -> l
 
     Example:
         >>> drop_tokens(range(10), 0.2, np.random.default_rng(0))
-        [0, 1, 2, 3, 5, 7, 8, 9]
+        [0, 1, 3, 5, 6, 7, 8, 9]
 
     """
     num_dropped = min(int(share * len(ids) + rng.random()), len(ids) - 1)
