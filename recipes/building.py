@@ -22,9 +22,13 @@ from hf_mm.data.fingerprints import digest_weights
 from hf_mm.data.formats import iterate_captions
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
+from hf_mm.data.retrieved_documents import RetrievedPairs
 from hf_mm.data.sources import EMBEDDED, DatasetArguments
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
+
+
+NUM_MEASURED = 300  # documents that are built to know their mean
 
 
 @dataclass
@@ -148,13 +152,14 @@ def find_image_tokenizer(model: Any) -> AutoencoderKL | VQModel | None:
     return next((module for module in model.modules() if isinstance(module, AutoencoderKL | VQModel)), None)
 
 
-def refuse_unfit_rows(rows: Dataset, name: str, model: Any) -> None:
+def refuse_unfit_rows(rows: Dataset, name: str, model: Any, *, field: str = "dataset_name") -> None:
     """Refuses rows whose images the model cannot read, or that another image tokenizer encoded than its own.
 
     Args:
         rows (`Dataset`): As opened.
         name (`str`): The recipe's name of them.
         model (`PreTrainedModel`): To be trained on them.
+        field (`str`, defaults to `"dataset_name"`): What an error calls the name.
 
     Raises:
         ValueError: If they do not fit.
@@ -162,13 +167,13 @@ def refuse_unfit_rows(rows: Dataset, name: str, model: Any) -> None:
     columns = set(rows.column_names)
     if reads_codes(model) and not columns & {"codes", "content"}:
         raise ValueError(
-            f"`dataset_name`={name!r} has no column `codes`, and the model reads nothing else in training. Encode it "
+            f"`{field}`={name!r} has no column `codes`, and the model reads nothing else in training. Encode it "
             "with recipes/encode_images.py and the model's image tokenizer, and name the folder. Columns here: "
             f"{rows.column_names}."
         )
     if not reads_codes(model) and "codes" in columns:
         raise ValueError(
-            f"`dataset_name`={name!r} holds codes, and the model reads pixels or latents. Encode the images with an "
+            f"`{field}`={name!r} holds codes, and the model reads pixels or latents. Encode the images with an "
             "AutoencoderKL, or as pixels."
         )
     manifest = read_manifest(name)
@@ -177,14 +182,14 @@ def refuse_unfit_rows(rows: Dataset, name: str, model: Any) -> None:
     made_by, tokenizer = manifest["encoder"], find_image_tokenizer(model)
     if tokenizer is None:
         raise ValueError(
-            f"`dataset_name`={name!r} was encoded with the image tokenizer {made_by['image_tokenizer_name']!r}, and "
+            f"`{field}`={name!r} was encoded with the image tokenizer {made_by['image_tokenizer_name']!r}, and "
             "the model has none to draw with. Name it as `image_tokenizer_name`."
         )
     own = {"weights": digest_weights(tokenizer)}
     own |= {key: tokenizer.config[key] for key in ("scaling_factor", "shift_factor") if key in made_by}
     if different := {key: (made_by[key], value) for key, value in own.items() if made_by[key] != value}:
         raise ValueError(
-            f"`dataset_name`={name!r} was encoded with another image tokenizer than the model's, "
+            f"`{field}`={name!r} was encoded with another image tokenizer than the model's, "
             f"{made_by['image_tokenizer_name']!r}: {different} (there, here). Encode the images again, or name that "
             "tokenizer."
         )
@@ -248,6 +253,32 @@ class DocumentBatches:
             **fields,
         )
 
+    def retrieve(self, retrieval: RetrievedPairs) -> None:
+        """Puts retrieved pairs in front of those that have neighbours, from now on.
+
+        Raises:
+            ValueError: If pictures alone exceed a window, so that as many pairs would never be there.
+        """
+        num_pairs = max(retrieval.counts) + 1
+        needed = num_pairs * (self.limit.tokens_per_image + 1) + num_pairs + 1  # a token for each caption
+        if needed > self.limit.max_tokens:
+            raise ValueError(
+                f"`retrieved_counts`={retrieval.counts}: {num_pairs} pairs have at least {needed} tokens, and a "
+                f"window has room for {self.limit.max_tokens} beside masked spans. Lower them, or raise "
+                "`window_length` or the model's `max_position_embeddings`."
+            )
+        self.documents = partial(self.documents, retrieval=retrieval)
+
+    def report_retrieval(self, rows: Dataset) -> str:
+        """Says how many retrieved pairs documents have, and how many did not fit, over a few hundred."""
+        documents = self.documents(rows, seed=0)
+        drawn = [documents[SampleKey(number, 0, number)] for number in range(min(len(rows), NUM_MEASURED))]
+        kept, left_out = (sum(document[name] for document in drawn) for name in ("num_retrieved", "num_left_out"))
+        return (
+            f"Retrieval: {kept / len(drawn):.2f} pairs in front of each in the mean of {len(drawn)} documents; "
+            f"{left_out} of {kept + left_out} were left out, for their windows had no room."
+        )
+
     def collator(self, rows: Dataset) -> Any:
         """Returns the collator for documents of these rows; pictures that are not encoded go to the model as such."""
         is_encoded = not self.encodes_pictures or "latent_mean" in rows.column_names
@@ -281,5 +312,5 @@ class DocumentBatches:
         """Mean length of a source's documents, over a few hundred."""
         documents = self.documents(rows, text_rows=text_rows, seed=0)
         num_rows = len(rows if source == 0 else text_rows)  # type: ignore[arg-type]
-        keys = [SampleKey(number, source, number) for number in range(min(num_rows, 300))]
+        keys = [SampleKey(number, source, number) for number in range(min(num_rows, NUM_MEASURED))]
         return sum(len(documents[key]["input_ids"]) for key in keys) / len(keys)

@@ -34,6 +34,7 @@ from hf_mm.data.captions import row_weights
 from hf_mm.data.cm3_masking import SpanArguments
 from hf_mm.data.documents import DocumentLimit, load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
+from hf_mm.data.retrieved_documents import MemoryBank, RetrievalArguments, RetrievedPairs
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.hub import push_folder
 from hf_mm.training.checkpoint import Checkpoints
@@ -42,6 +43,7 @@ from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
 from reporting import RunReport, first_captions
+from retrieving import TrainingMemory
 
 
 @dataclass
@@ -65,17 +67,19 @@ ARGUMENTS = (
     CaptionArguments,
     DocumentArguments,
     SpanArguments,
+    RetrievalArguments,
     PretrainArguments,
     TrainingRecipe,
 )
 
 
 class RunRows(NamedTuple):
-    """The rows of a run: pairs, text-only rows if any, and held-out pairs."""
+    """The rows of a run: pairs, text-only rows if any, held-out pairs, and those to retrieve from if any."""
 
     pairs: Dataset
     texts: Dataset | None
     held_out: Dataset
+    memory: MemoryBank | None
     caption_report: str
 
 
@@ -86,7 +90,8 @@ def prepare_run_rows(
     data_args: DatasetArguments,
     caption_args: CaptionArguments,
     extra: PretrainArguments,
-    open_size: dict[str, int],
+    memory: TrainingMemory | None,
+    open_size: dict[str, Any],
     output_dir: Path,
 ) -> RunRows:
     """Cleans and filters the pairs so that each fits into a window, and opens the other rows."""
@@ -98,16 +103,21 @@ def prepare_run_rows(
     caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
     pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer, limit)
 
-    def prepare(source: DatasetArguments) -> Dataset:
-        return prepare_rows(open_rows(source, **open_size), source, caption_args, tokenizer, limit)[0]
+    def prepare(rows: Dataset, source: DatasetArguments) -> Dataset:
+        return prepare_rows(rows, source, caption_args, tokenizer, limit)[0]
 
-    pairs, held_out = hold_out(pairs, data_args, extra, prepare, open_size["seed"])
+    def open_held_out(source: DatasetArguments) -> Dataset:
+        rows = open_rows(source, **open_size)
+        return prepare(rows if memory is None else memory.join_held_out(rows, source.dataset_name), source)
+
+    pairs, held_out = hold_out(pairs, data_args, extra, open_held_out, open_size["seed"])
+    bank = None if memory is None else memory.to_bank(pairs, prepare)
     if report is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
     shown = "" if report is None else report.to_markdown()
     if extra.text_dataset_name is None:
-        return RunRows(pairs, None, held_out, shown)
+        return RunRows(pairs, None, held_out, bank, shown)
     texts, num_dropped = load_texts(
         extra.text_dataset_name,
         split=extra.text_dataset_split,
@@ -116,7 +126,17 @@ def prepare_run_rows(
         reserved=tokenizer.all_special_tokens,
     )
     shown += f"\n\nText-only rows: {len(texts)}; {num_dropped} dropped, empty or with a special token in the text."
-    return RunRows(pairs, texts, held_out, shown.strip())
+    return RunRows(pairs, texts, held_out, bank, shown.strip())
+
+
+def start_retrieval(rows: RunRows, documents: DocumentBatches, retrieval: RetrievalArguments) -> RunRows:
+    """Has documents begin with retrieved pairs, and adds to the report how many; nothing without a memory bank."""
+    if rows.memory is None:
+        return rows
+    counts, dropout = retrieval.retrieved_counts, retrieval.query_caption_dropout
+    documents.retrieve(RetrievedPairs(rows.memory, counts=counts, query_caption_dropout=dropout))
+    report = f"{rows.caption_report}\n\n{documents.report_retrieval(rows.pairs)}"
+    return rows._replace(caption_report=report.strip())
 
 
 def build_sampler(
@@ -148,12 +168,32 @@ def build_sampler(
     )
 
 
+def describe_run(
+    argv: Sequence[str],
+    accelerator: Accelerator,
+    recipe: TrainingRecipe,
+    rows: RunRows,
+    progress: TrainingProgress,
+) -> dict[str, Any]:
+    """Lists what a model card says of the finished run."""
+    history = read_history(Path(recipe.output_dir) / "history.jsonl") if accelerator.is_main_process else []
+    return {
+        "command": f"recipes/pretrain.py {shlex.join(argv)}",
+        "num_processes": accelerator.num_processes,
+        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
+        "num_rows": len(rows.pairs),
+        "step": progress.step,
+        "num_seen": progress.num_seen,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, shows samples on the way, and exports the finished model."""
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse_recipe(*ARGUMENTS, argv=argv)
-    model_args, data_args, caption_args, document_args, spans, extra, recipe = parsed
-    identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
+    model_args, data_args, caption_args, document_args, spans, retrieval, extra, recipe = parsed
+    told = [part for part in parsed[:-1] if part is not retrieval or retrieval.neighbors_dir is not None]
+    identity = {name: value for arguments in told for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
 
@@ -168,7 +208,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     documents = DocumentBatches(model, processor, document_args, spans, form_weights, extra.window_length)
     filters = (processor.tokenizer, documents.limit, data_args, caption_args, extra)
     with accelerator.main_process_first():
-        rows = prepare_run_rows(pairs, *filters, open_size, output_dir)
+        memory = TrainingMemory.open(retrieval, pairs, data_args, model, open_size)
+        pairs = pairs if memory is None else memory.join(pairs, data_args.dataset_name)
+        rows = prepare_run_rows(pairs, *filters, memory, open_size, output_dir)
+    rows = start_retrieval(rows, documents, retrieval)
     refuse_unfit_rows(rows.held_out, extra.eval_dataset_name or data_args.dataset_name, model)
     accelerator.print(rows.caption_report)
 
@@ -194,15 +237,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         progress=progress,
         every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate)],
     )
-    history = read_history(output_dir / "history.jsonl") if accelerator.is_main_process else []
-    facts = {
-        "command": f"recipes/pretrain.py {shlex.join(argv)}",
-        "num_processes": accelerator.num_processes,
-        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
-        "num_rows": len(rows.pairs),
-        "step": progress.step,
-        "num_seen": progress.num_seen,
-    }
+    facts = describe_run(argv, accelerator, recipe, rows, progress)
     run_report.export(facts, asdict(recipe) | identity, rows.caption_report)  # by all: weights may be sharded
     if accelerator.is_main_process:
         print(f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes.")

@@ -14,6 +14,7 @@ import torch
 from .cm3_masking import CM3Masking, mask_document
 from .formats import RowError, center_crop_resize, open_image
 from .mixing import DocumentArguments, SampleKey, build_content, sample_generator
+from .retrieved_documents import Retrieved, RetrievedPairs
 
 
 Document = dict[str, Any]
@@ -168,19 +169,34 @@ class CodeDocuments(TrainingDocuments):
     Captions are not dropped besides: a masked caption leaves `<eos> <sentinel:0> <break> CODES`, which is the prompt
     of the unconditional stream, and does not lose the caption as a target.
 
+    With `retrieval`, pairs of a memory bank stand in front of the row's own:
+    `<eos> T1 <break> I1 <break> ... Tq <break> Iq <eos>`. All tokens are targets alike, and every part may be masked.
+    The unconditional stream is then `<eos> T1 <break> I1 <break> ... <break> Iq`, so some own captions are left out. A
+    document that is too long for its window loses retrieved pairs, the least relevant first; `num_retrieved` and
+    `num_left_out` count them.
+
     Args:
         rows (`datasets.Dataset`): Pairs with `codes`, or documents whose images have `codes`.
         masking (`CM3Masking`): Of the spans.
         arguments (`DocumentArguments`): Without a share of its own, every caption comes before its image.
+        retrieval ([`RetrievedPairs`], *optional*): What stands in front of rows that have `neighbor_ids`.
         fields: Those of [`TrainingDocuments`].
 
     Raises:
         ValueError: If `arguments` asks for what belongs to noised images.
 
-    Source: CM3Leon (arXiv 2309.02591), section 2.2 and figures 8 and 9.
+    Source: CM3Leon (arXiv 2309.02591), sections 2.1 and 2.2, figures 8 and 9.
     """
 
-    def __init__(self, rows: Any, *, masking: CM3Masking, arguments: DocumentArguments, **fields: Any) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        masking: CM3Masking,
+        arguments: DocumentArguments,
+        retrieval: RetrievedPairs | None = None,
+        **fields: Any,
+    ) -> None:
         if arguments.noise_cap is not None:
             raise ValueError(f"`noise_cap`={arguments.noise_cap}: codes are not noised. Leave it out.")
         if arguments.caption_dropout:
@@ -189,7 +205,7 @@ class CodeDocuments(TrainingDocuments):
                 "Leave it out, and set `whole_segment_share`."
             )
         super().__init__(rows, arguments=arguments.with_defaults(image_first_share=0.0, caption_dropout=0.0), **fields)
-        self.masking = masking
+        self.masking, self.retrieval = masking, retrieval
 
     def _lay_out(
         self,
@@ -202,11 +218,27 @@ class CodeDocuments(TrainingDocuments):
         parts = [
             {**part, "codes": find_codes(row, part, key)} if part["type"] == "image" else part for part in content
         ]
-        document = dict(self.processor.encode_document(parts))
         has_images = any(part["type"] == "image" for part in parts)
+        drawn = Retrieved()
+        if self.retrieval is not None:
+            drawn = self.retrieval.draw(row, f"Row {key.row}", generator, self.form_weights)
+        document, kept = self._encode(parts, drawn)
         document = self._fit(document, key, generator, has_images=has_images, reserved=self.masking.max_added_tokens)
         ids = mask_document(document["input_ids"], generator, self.masking, max_length=self.max_tokens)
-        return {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
+        masked = {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
+        if self.retrieval is None:
+            return masked
+        num_retrieved = len(kept.pairs)
+        return {**masked, "num_retrieved": num_retrieved, "num_left_out": len(drawn.pairs) - num_retrieved}
+
+    def _encode(self, parts: list[dict[str, Any]], retrieved: Retrieved) -> tuple[Document, Retrieved]:
+        """Lays a document out with as many of the retrieved pairs as fit, and says which."""
+        while True:
+            document = dict(self.processor.encode_document(retrieved.before(parts)))
+            length = len(document["input_ids"]) + self.masking.max_added_tokens
+            if not retrieved.pairs or self.max_tokens is None or length <= self.max_tokens:
+                return document, retrieved
+            retrieved = retrieved.without_least_relevant()
 
 
 def find_codes(row: dict[str, Any], part: dict[str, Any], key: SampleKey) -> Any:
