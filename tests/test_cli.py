@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from click.testing import Result
+from datasets import Dataset
 from PIL import Image
 from typer.testing import CliRunner
 
+import build_retrieval_index
 from hf_mm import (
     CM3LeonConfig,
     CM3LeonForConditionalGeneration,
@@ -72,7 +74,7 @@ def code_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_vq: dict) -> 
         hidden_size=24,
         num_hidden_layers=2,
         num_attention_heads=3,
-        max_position_embeddings=61,
+        max_position_embeddings=83,
         image_size=IMAGE_SIZE,
         image_vocab_size=num_codes,
         num_sentinel_tokens=7,
@@ -89,9 +91,25 @@ def code_checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_vq: dict) -> 
     config.set_tokenizer(tokenizer)
     torch.manual_seed(0)
     model = CM3LeonForConditionalGeneration(config)
+    for layer in model.model.layers:  # zero at the beginning, when prompts have no effect yet
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+            torch.nn.init.normal_(weight, std=0.4)
     folder = tmp_path_factory.mktemp("code_checkpoint")
     CM3LeonPipeline(model, CM3LeonProcessor.from_config(config, tokenizer)).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def memory_dir(clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An index over pictures of one colour each."""
+    folder = tmp_path_factory.mktemp("memory")
+    colours = [(37 * number % 256, 101 * number % 256, 11 * number) for number in range(19)]
+    pictures = [Image.new("RGB", (13, 11), colour) for colour in colours]
+    texts = [f"{'abcdefghijklmnopqrs'[number]} star" for number in range(19)]
+    Dataset.from_dict({"image": pictures, "text": texts}).save_to_disk(folder / "rows")
+    words = ["--dataset_name", folder / "rows", "--clip_name", clip_dir, "--output_dir", folder / "index"]
+    words += ["--num_shards", 2, "--max_relevance", 1, "--max_similarity", 1]
+    return str(build_retrieval_index.main([str(word) for word in words]))
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +200,48 @@ def test_options_of_the_other_family_are_refused(checkpoint: str, code_checkpoin
     message = failure(run("generate", "a", "--model", checkpoint, "--top-p", 0.5, "--temperature", 2, *output))
     assert "--temperature, --top-p: a TransfusionPipeline has no such option" in message
     assert "`height`=4" in failure(run("generate", "a", "--model", code_checkpoint, "--height", 4, *output))
+
+
+def test_what_is_retrieved_changes_the_drawing_and_is_told(
+    code_checkpoint: str, memory_dir: str, tmp_path: Path
+) -> None:
+    def draw(*options: object) -> tuple[list[dict], list[bytes]]:
+        fixed = ["--model", code_checkpoint, "--seed", 5, "--output", tmp_path / "star.png", "--json"]
+        result = run("generate", "a red star", "b", *fixed, *options)
+        assert result.exit_code == 0, result.output
+        facts = [json.loads(line) for line in result.stdout.splitlines()]
+        return facts, [Path(fact["path"]).read_bytes() for fact in facts]
+
+    plain, without = draw()
+    _, off = draw("--retrieval-dir", memory_dir, "--num-retrieved", 0)
+    assert off == without and "retrieved" not in plain[0]
+    facts, drawn = draw("--retrieval-dir", memory_dir, "--num-retrieved", 1)
+    assert drawn[0] != without[0]
+    for fact in facts:
+        (found,) = fact["retrieved"]
+        assert found["text"] == f"{'abcdefghijklmnopqrs'[found['id']]} star" and -1 <= found["score"] <= 1
+    twice, other = draw("--retrieval-dir", memory_dir, "--num-images", 2, "--num-retrieved", 1)
+    assert [fact["retrieved"] for fact in twice[::2]] == [fact["retrieved"] for fact in facts]
+    assert other[0] == drawn[0]
+    two, _ = draw("--retrieval-dir", memory_dir)
+    assert [len(fact["retrieved"]) for fact in two] == [2, 2]
+    assert all(fact["retrieved"][0]["score"] >= fact["retrieved"][1]["score"] for fact in two)
+
+
+def test_retrieval_that_cannot_be_is_refused(
+    checkpoint: str, code_checkpoint: str, memory_dir: str, tmp_path: Path
+) -> None:
+    def fail(model: str, *options: object) -> str:
+        return failure(run("generate", "a", "--model", model, "--output", tmp_path / "a.png", *options))
+
+    missing, folder = tmp_path / "missing", ["--retrieval-dir", memory_dir]
+    assert "a TransfusionPipeline does not retrieve" in fail(checkpoint, *folder)
+    assert "a TransfusionPipeline does not retrieve" in fail(checkpoint, "--num-retrieved", 0)
+    assert f"--retrieval-dir {missing} is no folder" in fail("not/loaded", "--retrieval-dir", missing)
+    assert "--num-retrieved 2 needs --retrieval-dir" in fail("not/loaded", "--num-retrieved", 2)
+    assert "it has no source.json" in fail(code_checkpoint, "--retrieval-dir", tmp_path)
+    assert "retrieved documents takes" in fail(code_checkpoint, *folder, "--num-retrieved", 9)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_seed_the_seed_drawn_is_told(checkpoint: str, tmp_path: Path) -> None:
@@ -281,7 +341,7 @@ def test_a_pipeline_that_does_not_caption_is_refused(tmp_path: Path) -> None:
 def test_help_shows_examples(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
-    assert result.stdout.count(f"  hf-mm {command} ") == 3
+    assert result.stdout.count(f"  hf-mm {command} ") == {"generate": 4, "caption": 3}[command]
 
 
 @pytest.mark.slow

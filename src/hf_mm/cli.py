@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+    from .data.retrieval import Retrieved
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 GENERATE_EXAMPLES = """\b
 Examples:
   hf-mm generate "a red star on a white background" --output star.png
   hf-mm generate "a red star" "a blue heart" --num-images 4 --seed 7 --output pictures/shape.png
   hf-mm generate "a red star" --model me/my-transfusion --guidance-scale 3 --num-inference-steps 50
+  hf-mm generate "a red star" --model me/my-cm3leon --retrieval-dir runs/retrieval --num-retrieved 2 --json
 """
 CAPTION_EXAMPLES = """\b
 Examples:
@@ -82,6 +85,13 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(max=1, help="Probability that codes are drawn from, of CM3Leon. Default: 1.")
     ] = None,
+    retrieval_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of build_retrieval_index.py to retrieve documents from, of CM3Leon. Trust it."),
+    ] = None,
+    num_retrieved: Annotated[
+        int | None, typer.Option(min=0, help="Documents for each prompt. Default: 2 with --retrieval-dir.")
+    ] = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
@@ -89,7 +99,9 @@ def generate(
     with one_line_errors():
         import torch
 
+        check_retrieval(retrieval_dir, num_retrieved)
         pipeline = load_pipeline(model, trust_remote_code)
+        found = retrieve(pipeline, prompts, retrieval_dir, num_retrieved)
         first_seed = torch.seed() % 2**32 if seed is None else seed
         seeds = range(first_seed, first_seed + len(prompts) * num_images)
         options = {
@@ -99,6 +111,7 @@ def generate(
             "width": width,
             "temperature": temperature,
             "top_p": top_p,
+            "retrieved": None if found is None else found.documents,
         }
         pictures = pipeline(
             prompts,
@@ -108,7 +121,10 @@ def generate(
         ).images
         paths = save_pictures(pictures, output)
         for number, path in enumerate(paths):
-            facts = {"path": str(path), "prompt": prompts[number // num_images], "seed": seeds[number]}
+            prompt = number // num_images
+            facts: dict[str, Any] = {"path": str(path), "prompt": prompts[prompt], "seed": seeds[number]}
+            if found is not None:
+                facts["retrieved"] = describe_retrieved(found, prompt)
             typer.echo(json.dumps(facts) if as_json else f"{path} (seed {seeds[number]})")
 
 
@@ -133,6 +149,54 @@ def caption(
             raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not describe pictures.")
         for image, text in zip(images, pipeline.caption(pictures, prompt, max_new_tokens), strict=True):
             typer.echo(json.dumps({"image": image, "caption": text}) if as_json else f"{image}: {text}")
+
+
+def check_retrieval(retrieval_dir: Path | None, num_retrieved: int | None) -> None:
+    """Refuses a missing folder, and a number of documents without one, before anything is loaded."""
+    if num_retrieved and retrieval_dir is None:
+        raise ValueError(f"--num-retrieved {num_retrieved} needs --retrieval-dir, where to retrieve from.")
+    if retrieval_dir is not None and not retrieval_dir.is_dir():
+        raise ValueError(
+            f"--retrieval-dir {retrieval_dir} is no folder. Make it with recipes/build_retrieval_index.py."
+        )
+
+
+def retrieve(
+    pipeline: "DiffusionPipeline", prompts: Sequence[str], retrieval_dir: Path | None, num_retrieved: int | None
+) -> "Retrieved | None":
+    """Finds documents for prompts.
+
+    Args:
+        pipeline (`DiffusionPipeline`): That is to draw by them.
+        prompts (`Sequence[str]`): What is drawn.
+        retrieval_dir (`Path`, *optional*): Folder of an index.
+        num_retrieved (`int`, *optional*): Documents for each; defaults to 2 with a folder.
+
+    Returns:
+        [`Retrieved`], or None without a folder or with 0.
+
+    Raises:
+        ValueError: If the pipeline draws without documents only, or there is no such index.
+    """
+    if retrieval_dir is None and num_retrieved is None:
+        return None
+    if "retrieved" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"--retrieval-dir, --num-retrieved: a {type(pipeline).__name__} does not retrieve.")
+    if retrieval_dir is None or num_retrieved == 0:
+        return None
+    from .cm3leon.retrieval_cm3leon import DEFAULT_NUM_RETRIEVED
+    from .data.retrieval_source import open_retriever
+
+    number = DEFAULT_NUM_RETRIEVED if num_retrieved is None else num_retrieved
+    return open_retriever(retrieval_dir, pipeline.device).retrieve(prompts, num_retrieved=number)
+
+
+def describe_retrieved(found: "Retrieved", prompt: int) -> list[dict[str, Any]]:
+    """Lists what was retrieved for one prompt: number of the row, relevance, text."""
+    from .data.retrieval_vectors import find_text
+
+    facts = zip(found.ids[prompt], found.scores[prompt], found.rows[prompt], strict=True)
+    return [{"id": number, "score": round(score, 4), "text": find_text(row)} for number, score, row in facts]
 
 
 def asked_for(options: Mapping[str, Any], pipeline: "DiffusionPipeline") -> dict[str, Any]:

@@ -13,9 +13,9 @@ from datasets import Dataset
 
 from .caption_arguments import CaptionArguments
 from .clip_encoder import ClipEncoder
-from .retrieval import Retriever
+from .retrieval import NEIGHBORS, Retriever
 from .retrieval_strategy import RetrievalStrategy
-from .shards import write_json
+from .shards import MANIFEST, write_json
 from .sources import DatasetArguments, open_rows, prepare_rows
 from .text_tokenizer import load_text_tokenizer
 
@@ -67,7 +67,8 @@ def open_retriever(
     Args:
         folder (`str` or `os.PathLike`): The `output_dir` of that recipe.
         device (`torch.device` or `str`, defaults to `"cpu"`): Where prompts are encoded.
-        strategy ([`RetrievalStrategy`], *optional*): The rules.
+        strategy ([`RetrievalStrategy`], *optional*): The rules; those that found the neighbours, unless others
+            are given.
 
     Returns:
         [`Retriever`]: for prompts.
@@ -81,6 +82,9 @@ def open_retriever(
             f"{str(folder)!r} is no folder of an index: it has no {SOURCE}. Name the `output_dir` of "
             "recipes/build_retrieval_index.py; the same command again finishes one that was cut off."
         )
+    if strategy is None:
+        found = json.loads((Path(folder) / NEIGHBORS / MANIFEST).read_text(encoding="utf-8"))
+        strategy = RetrievalStrategy(**found["strategy"])
     note = json.loads(path.read_text(encoding="utf-8"))
     encoder = ClipEncoder.from_pretrained(note.pop("clip_name"), device)
     note["dataset"], note["captions"] = DatasetArguments(**note["dataset"]), CaptionArguments(**note["captions"])
