@@ -8,6 +8,7 @@ from diffusers.training_utils import EMAModel
 
 from hf_mm.training.codebook import CodebookUpkeep, draw_codes, measure_usage, summarize_usage
 from hf_mm.training.image_tokenizer import ImageTokenizerTrainer, ImageTokenizerWeights, PatchDiscriminator
+from hf_mm.training.image_tokenizer_arguments import ImageTokenizerArguments
 from hf_mm.training.image_tokenizer_codecs import VQCodec, find_codes, save_reconstructions
 from hf_mm.training.loop import TrainingProgress
 
@@ -180,6 +181,12 @@ def test_local_codes_learn_from_their_own_pixels_and_not_from_the_decoder() -> N
         told = (codec.own_pixels(changed) - codec.own_pixels(torch.zeros_like(changed))).abs().sum(dim=(0, 1))
     stride = images.shape[-1] // vq.encode(images).latents.shape[-1]
     assert told[stride : 2 * stride, 2 * stride : 3 * stride].sum() == told.sum() > 0
+
+
+def test_local_codes_are_refused_where_there_are_no_codes() -> None:
+    with pytest.raises(ValueError, match="local_codes.*image_tokenizer_class.*AutoencoderKL.*VQModel"):
+        ImageTokenizerArguments(local_codes=True)
+    assert ImageTokenizerArguments(image_tokenizer_class="VQModel", local_codes=True).local_codes
 
 
 def test_only_dead_codes_are_revived_and_the_average_takes_them_as_they_are() -> None:

@@ -57,9 +57,14 @@ class ImageTokenizerArguments:
     num_scale_images: int = field(default=512, metadata={"help": "Pictures the scale or the usage is measured on."})
 
     def __post_init__(self) -> None:
-        """Refuses sizes that do not fit together."""
+        """Refuses fields that do not fit together."""
         if bad := [width for width in self.block_out_channels if width % self.norm_num_groups]:
             raise ValueError(f"`norm_num_groups`={self.norm_num_groups} does not divide `block_out_channels` {bad}.")
+        if self.local_codes and self.image_tokenizer_class != "VQModel":
+            raise ValueError(
+                f"`local_codes`=True needs codes, which `image_tokenizer_class`={self.image_tokenizer_class} has not. "
+                "Set it to VQModel, or leave `local_codes` out."
+            )
         start, period = self.quantization_start_step, self.code_revival_steps
         if start % (period or start + 1):
             raise ValueError(f"`quantization_start_step`={start} must be a multiple of `code_revival_steps`={period}.")
