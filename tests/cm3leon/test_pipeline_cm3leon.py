@@ -491,6 +491,16 @@ def test_regions_are_drawn_behind_prefixes_that_training_makes(make_pipeline, pi
     assert whole.tolist() == [[config.eos_token_id, config.first_sentinel_token_id, config.break_token_id]]
 
 
+def test_the_text_in_front_of_a_region_is_never_empty(make_pipeline, picture):
+    pipe, texts = make_pipeline(), []
+    write, end = pipe._write_spans, pipe.model.config.eoss_token_id
+    favour = 50 * torch.nn.functional.one_hot(torch.tensor(end), pipe.model.config.vocab_size)
+    pipe.model.lm_head.register_forward_hook(lambda module, args, output: output + favour)
+    pipe._write_spans = lambda *args, **kwargs: texts.append(write(*args, **kwargs)) or texts[-1]
+    pipe.infill_region(picture(0), (2, 2, 6, 5))
+    assert [len(span) for ((span,),) in texts] == [1]
+
+
 def test_training_masks_a_text_together_with_a_region_and_writes_the_text_first(make_config):
     config = make_config()
     masking, codes = masking_of(config), [config.first_image_token_id + place for place in range(16)]

@@ -159,8 +159,6 @@ class InfillingMixin:
             self.model.image_span,
             tokens_per_image=stop - first,
             opening_token_ids=(config.first_sentinel_token_id, config.first_sentinel_token_id + 1, unconditional[-1]),
-            closing_token_ids=(config.eoss_token_id,),
-            always_opens=True,
         )
         drawn = self._draw(
             rows,
