@@ -535,10 +535,14 @@ def test_modes_of_generate_write_text_or_draw(model):
     assert not model.image_span.is_code(written).any()
     sentinels = range(config.first_sentinel_token_id, config.first_sentinel_token_id + config.num_sentinel_tokens)
     assert not set(written.flatten().tolist()) & {*sentinels, config.image_token_id}
-    images = model.generate(
-        ids, attention_mask=mask, generation_mode="image", generator=seeded(0, 1), max_new_tokens=3
-    )
-    assert torch.equal(images, model.draw_images(ids, mask, generator=seeded(0, 1)))
+    config.image_temperature = 0.4
+    for asked in ({}, {"guidance_scale": 1.0, "do_sample": False}, {"guidance_scale": 2.0, "top_p": 0.5}):
+        settings = {"guidance_scale": config.image_guidance_scale, "temperature": 0.4, **asked}
+        expected = model.draw_images(ids, mask, sampling=CodeSampling(**settings), generator=seeded(0, 1))
+        arguments = {"attention_mask": mask, "generation_mode": "image", "generator": seeded(0, 1), **asked}
+        assert torch.equal(model.generate(ids, **arguments), expected)
+    with pytest.raises(ValueError, match="`sampling` is given, and .'top_p'. beside it"):
+        model.generate(ids, generation_mode="image", sampling=CodeSampling(), top_p=0.5)
     with pytest.raises(ValueError, match="generation_mode.*audio"):
         model.generate(ids, generation_mode="audio")
 

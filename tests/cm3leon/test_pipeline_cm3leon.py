@@ -275,6 +275,10 @@ def test_a_pipeline_is_saved_and_loaded_by_every_door(make_pipeline, tmp_path):
         ({"num_candidates": 2}, "num_candidates.*2.*reranker"),
         ({"output_type": "jpeg"}, "output_type.*jpeg"),
         ({"generator": [torch.Generator()] * 3}, "generator.*3"),
+        (
+            {"prompt": ["kite", ""], "decoding": "mixed", "contrastive_k": 3, "contrastive_alpha": 0.1},
+            "prompt.*empty.*mixed.*top_p",
+        ),
         ({"decoding": "contrastive", "contrastive_k": 99, "contrastive_alpha": 0.1}, "contrastive_k.*99.*23"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "latents"),
     ],

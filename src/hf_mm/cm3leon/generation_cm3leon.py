@@ -9,6 +9,7 @@ the scores is in `logits_cm3leon.py`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -470,22 +471,29 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
             generation_mode (`str`, *optional*):
                 `"text"`: no codes, sentinels or `<break>`, up to the end of the span or of the document. `"image"`:
                 see `draw_images`. Without one, whatever the model writes.
-            kwargs: Those of [`GuidedGenerationMixin`]'s `generate`; for images, those of `draw_images`.
+            kwargs: Those of [`GuidedGenerationMixin`]'s `generate`; for images, those of `draw_images` or the fields of
+                [`CodeSampling`], which default to the configuration's guidance and temperature.
 
         Returns:
             What the library returns; for images ids for `decode_image_tokens`.
 
         Raises:
-            ValueError: If there is no such mode.
+            ValueError: If there is no such mode, or `sampling` and its fields are both given.
         """
+        config = self.config
         input_ids = kwargs.pop("input_ids", inputs)
         if generation_mode == "image":
             kwargs.pop("generation_config", None)
             kwargs.pop("max_new_tokens", None)
+            asked = {field.name: kwargs.pop(field.name) for field in fields(CodeSampling) if field.name in kwargs}
+            if kwargs.get("sampling") is None:
+                defaults = {"guidance_scale": config.image_guidance_scale, "temperature": config.image_temperature}
+                kwargs["sampling"] = CodeSampling(**{**defaults, **asked})
+            elif asked:
+                raise ValueError(f"`sampling` is given, and {sorted(asked)} beside it. Put them into `sampling`.")
             return self.draw_images(input_ids, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode`={generation_mode!r} is not one of 'text', 'image'.")
-        config = self.config
         forbidden = [range(config.image_token_id, config.image_token_id + 1)]
         if generation_mode == "text":  # one part of a document, so nothing that ends a part but the end
             between = range(config.break_token_id, config.break_token_id + 1)

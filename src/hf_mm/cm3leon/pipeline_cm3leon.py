@@ -243,6 +243,11 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             contrastive_alpha=contrastive_alpha,
             amateur_temperature=amateur_temperature,
         )
+        if decoding != "top_p" and not all(prompts):
+            raise ValueError(
+                f"`prompt` is empty and `decoding`={decoding!r}, which compares a drawing with one that follows no text. "
+                "Give a text, or use `decoding='top_p'`."
+            )
         documents = self._find_documents(prompts, images, retriever, num_retrieved, retrieved)
         laid_out = (
             self._lay_out_retrieved(prompts, documents)
