@@ -471,8 +471,8 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
             generation_mode (`str`, *optional*):
                 `"text"`: no codes, sentinels or `<break>`, up to the end of the span or of the document. `"image"`:
                 see `draw_images`. Without one, whatever the model writes.
-            kwargs: Those of [`GuidedGenerationMixin`]'s `generate`; for images, those of `draw_images` or the fields of
-                [`CodeSampling`], which default to the configuration's guidance and temperature.
+            kwargs: Those of [`GuidedGenerationMixin`]'s `generate`; for images, those of `draw_images`, or the fields
+                of [`CodeSampling`] with guidance and temperature from the configuration where they are left out.
 
         Returns:
             What the library returns; for images ids for `decode_image_tokens`.

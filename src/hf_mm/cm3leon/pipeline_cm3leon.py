@@ -245,8 +245,8 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         )
         if decoding != "top_p" and not all(prompts):
             raise ValueError(
-                f"`prompt` is empty and `decoding`={decoding!r}, which compares a drawing with one that follows no text. "
-                "Give a text, or use `decoding='top_p'`."
+                f"`prompt` is empty and `decoding`={decoding!r}, which compares a drawing with one that follows no "
+                "text. Give a text, or use `decoding='top_p'`."
             )
         documents = self._find_documents(prompts, images, retriever, num_retrieved, retrieved)
         laid_out = (
