@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPProcessor
 from hf_mm.data.clip_encoder import ClipEncoder, VectorError, document_vectors, drop_tokens
 from hf_mm.data.formats import load_rows, open_image
 from hf_mm.data.image_encoding import encode_rows, raw_pixels
-from hf_mm.data.retrieval_vectors import VectorFolder, embed_rows
+from hf_mm.data.retrieval_vectors import DocumentVectors, VectorFolder, embed_rows
 
 
 disable_progress_bars()
@@ -216,6 +216,13 @@ def test_processes_share_the_shards(encoder: ClipEncoder, tmp_path: Path) -> Non
         embed(pair_rows(), encoder, tmp_path / "two", process_index=process, num_processes=2)
     one, two = VectorFolder.open(embed(pair_rows(), encoder, tmp_path / "one")), VectorFolder.open(tmp_path / "two")
     assert np.array_equal(one.load()[:]["vector"], two.load()[:]["vector"])
+
+
+def test_vectors_are_taken_by_their_rows(encoder: ClipEncoder, tmp_path: Path) -> None:
+    folder = VectorFolder.open(embed(pair_rows(), encoder, tmp_path))
+    numbers = np.array([0, 0, 3, 4, 10])  # at the edges of shards, one twice
+    taken = DocumentVectors(folder).take(numbers)
+    assert taken.dtype == np.float32 and np.array_equal(taken, folder.load()[:]["vector"][numbers])
 
 
 @pytest.mark.parametrize(

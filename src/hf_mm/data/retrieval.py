@@ -7,6 +7,7 @@ documents are made of the rows is not known here.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from .clip_encoder import ClipEncoder, document_vectors
 from .formats import open_image
 from .retrieval_index import COLUMN, open_index
 from .retrieval_strategy import Candidates, Neighbors, Queries, RetrievalStrategy, choose_neighbors, sample_neighbors
-from .retrieval_vectors import ASKING_COLUMNS, VectorFolder, find_image, find_text
+from .retrieval_vectors import ASKING_COLUMNS, DocumentVectors, VectorFolder, find_image, find_text
 from .shards import (
     claim_folder,
     is_intact,
@@ -62,7 +63,7 @@ class NeighborFinder:
 
     def __init__(self, vectors: VectorFolder, index_dir: str | os.PathLike) -> None:
         self.num_rows = vectors.manifest["num_rows"]
-        self.memory = open_index(index_dir, vectors)
+        self.memory, self.vectors = open_index(index_dir, vectors), DocumentVectors(vectors)
         facts = self.memory.with_format("numpy", columns=["has_text", "has_image"])
         self.has_both = np.asarray(facts["has_text"][:]) & np.asarray(facts["has_image"][:])
 
@@ -103,7 +104,7 @@ class NeighborFinder:
         ]
         rows = np.concatenate([found for _, found in searches], axis=1)  # (Q, 2 * depth)
         distinct, places = np.unique(rows, return_inverse=True)
-        vectors = self.memory[np.maximum(distinct, 0)][COLUMN]
+        vectors = self.vectors.take(np.maximum(distinct, 0))
         return Candidates(
             rows=rows,
             scores=np.concatenate([scores for scores, _ in searches], axis=1),
@@ -272,8 +273,10 @@ class Retrieved(NamedTuple):
 
     @property
     def documents(self) -> list[list[dict[str, Any]]]:
-        """The rows as a prompt takes them, see [`as_document`]."""
-        return [[as_document(row) for row in rows] for rows in self.rows]
+        """The rows as a prompt takes them, see [`as_document`]; one found twice is one object."""
+        numbered = dict(zip(chain(*self.ids), chain(*self.rows), strict=True))
+        documents = {number: as_document(row) for number, row in numbered.items()}
+        return [[documents[number] for number in ids] for ids in self.ids]
 
 
 def as_document(row: Mapping[str, Any]) -> dict[str, Any]:
