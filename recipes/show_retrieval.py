@@ -8,7 +8,7 @@ The pictures of a prompt start from the same noise, so that they differ by what 
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from hf_mm.data.retrieval import Retrieved
 from hf_mm.data.retrieval_source import open_retriever
 from hf_mm.training.recipe import parse_recipe
 
@@ -60,10 +59,9 @@ def show_picture(picture: Image.Image | None, caption: str, kind: str) -> str:
     return f'<figure class="{kind}">{shown}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def show_prompt(prompt: str, found: Retrieved, number: int, drawn: dict[int, Image.Image]) -> str:
-    """Spells a prompt's section: the pictures drawn by how many documents, then the documents."""
+def show_prompt(prompt: str, drawn: dict[int, Image.Image], facts: Iterable[tuple[dict[str, Any], float, int]]) -> str:
+    """Spells a prompt's section: pictures drawn by how many documents, then the documents, their scores and rows."""
     figures = [show_picture(picture, f"drawn with {count} retrieved", "drawn") for count, picture in drawn.items()]
-    facts = zip(found.documents[number], found.scores[number], found.ids[number], strict=True)
     for rank, (document, score, row) in enumerate(facts, start=1):
         caption = f"{rank}. score {score:.3f}, row {row}: {document['text']}"
         figures.append(show_picture(document.get("image"), caption, "retrieved"))
@@ -97,10 +95,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     retriever = open_retriever(arguments.retrieval_dir, device)
     found = retriever.retrieve(arguments.prompts, num_retrieved=max(arguments.nums_retrieved))
     pipeline = DiffusionPipeline.from_pretrained(arguments.model_name_or_path).to(device)
-    drawn = draw(pipeline, arguments, found.documents)
+    documents = found.documents
+    drawn = draw(pipeline, arguments, documents)
     sections = [
-        show_prompt(prompt, found, number, pictures)
-        for number, (prompt, pictures) in enumerate(zip(arguments.prompts, drawn, strict=True))
+        show_prompt(prompt, pictures, zip(*facts, strict=True))
+        for prompt, pictures, *facts in zip(arguments.prompts, drawn, documents, found.scores, found.ids, strict=True)
     ]
     title = f"{arguments.model_name_or_path}, retrieving from {arguments.retrieval_dir}"
     page = (

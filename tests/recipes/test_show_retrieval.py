@@ -82,6 +82,8 @@ def test_the_pipeline_takes_a_retriever_as_it_is(pipe, memory_dir):
     retriever = open_retriever(memory_dir)
     draw = lambda **kwargs: pipe(PROMPTS, output_type="codes", do_sample=False, **kwargs).images  # noqa: E731
     by_hand = retriever.retrieve(PROMPTS, num_retrieved=1).documents
+    (first,), (second,) = retriever.retrieve([PROMPTS[0]] * 2, num_retrieved=1).documents
+    assert first is second  # so that its picture is read once
     assert (draw(retriever=retriever, num_retrieved=1) == draw(retrieved=by_hand)).all()
     assert (draw(retriever=retriever) != draw(retrieved=by_hand)).any()
 
