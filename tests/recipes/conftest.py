@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import VQModel
 from transformers.utils import logging
 
+import encode_images
 import pretrain
 from hf_mm.training.history import read_history
 
@@ -42,6 +45,19 @@ MICRO_RUN = {
     "mixed_precision": "no",
     "report_to": "none",
     "num_samples": 2,
+}
+
+NUM_CODES = 23
+MICRO_CM3LEON = {
+    "model_type": "cm3leon",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 192,
+    "initializer_range": 0.05,
+    "image_size": 16,
+    "image_vocab_size": NUM_CODES,
+    "num_sentinel_tokens": 5,
 }
 
 
@@ -105,3 +121,51 @@ def entries():
 @pytest.fixture
 def child_environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture
+def save_vq(tmp_path: Path):
+    """Makes image tokenizers of random weights."""
+
+    def make(name: str, seed: int) -> Path:
+        torch.manual_seed(seed)
+        vq = VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(2, 4, 4),
+            layers_per_block=1,
+            latent_channels=3,
+            num_vq_embeddings=NUM_CODES,
+            norm_num_groups=2,
+            sample_size=16,
+            mid_block_add_attention=False,
+        )
+        vq.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def encode(tmp_path: Path):
+    """Encodes embedded scenes into a folder."""
+
+    def make(folder: str, tokenizer: Path, **fields: object) -> Path:
+        fields = {"num_scenes": 23, "image_size": 16, "num_shards": 2, "output_dir": tmp_path / folder, **fields}
+        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        return encode_images.main([*words, "--image_tokenizer_name", str(tokenizer)])
+
+    return make
+
+
+@pytest.fixture
+def codes(tmp_path: Path, encode, save_vq) -> dict[str, object]:
+    """The fields of a micro run on codes."""
+    (tmp_path / "cm3leon.json").write_text(json.dumps(MICRO_CM3LEON))
+    tokenizer = save_vq("vq", seed=0)
+    return {
+        "config_name": tmp_path / "cm3leon.json",
+        "image_tokenizer_name": tokenizer,
+        "dataset_name": encode("codes", tokenizer),
+        "max_spans": 5,
+    }

@@ -193,6 +193,18 @@ def test_encoded_rows_of_another_size_or_split_are_refused(rows_file: str, tmp_p
         open_rows(DatasetArguments(dataset_name=folder, dataset_split="validation"), image_size=IMAGE_SIZE)
 
 
+def test_embedded_scenes_of_several_splits_stand_one_behind_the_other() -> None:
+    def words(split: str) -> list[str]:
+        rows = open_rows(DatasetArguments(dataset_split=split, num_scenes=7), image_size=16)
+        return [*rows["description"]]
+
+    train, held_out = words("train"), words("validation")
+    assert words("train+validation") == train + held_out and len({*train, *held_out}) == 14
+    assert words("train+validation[:3]") == train + held_out[:3] and words("train[2:4]") == train[2:4]
+    with pytest.raises(ValueError, match="`dataset_split`='test' of icon scenes: .*'train', 'validation'"):
+        words("test")
+
+
 class Processor:
     """Lays out nothing but the sizes of images."""
 

@@ -1,4 +1,3 @@
-import json
 import random
 import signal
 import subprocess
@@ -11,66 +10,12 @@ from diffusers import DiffusionPipeline, VQModel
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
-import encode_images
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.training.checkpoint import list_checkpoints
 
 
 NUM_CODES = 23
-MICRO_CM3LEON = {
-    "model_type": "cm3leon",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 192,
-    "initializer_range": 0.05,
-    "image_size": 16,
-    "image_vocab_size": NUM_CODES,
-    "num_sentinel_tokens": 5,
-}
 PACKED = {"window_length": 220, "ema_decay": 0.9, "mean_spans": 1.5}
-
-
-def save_vq(folder, seed):
-    torch.manual_seed(seed)
-    vq = VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(2, 4, 4),
-        layers_per_block=1,
-        latent_channels=3,
-        num_vq_embeddings=NUM_CODES,
-        norm_num_groups=2,
-        sample_size=16,
-        mid_block_add_attention=False,
-    )
-    vq.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def encode(tmp_path):
-    """Encodes embedded scenes into a folder."""
-
-    def make(folder, tokenizer, **fields):
-        fields = {"num_scenes": 23, "image_size": 16, "num_shards": 2, "output_dir": tmp_path / folder, **fields}
-        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        return encode_images.main([*words, "--image_tokenizer_name", str(tokenizer)])
-
-    return make
-
-
-@pytest.fixture
-def codes(tmp_path, encode):
-    """The fields of a micro run on codes."""
-    (tmp_path / "cm3leon.json").write_text(json.dumps(MICRO_CM3LEON))
-    tokenizer = save_vq(tmp_path / "vq", seed=0)
-    return {
-        "config_name": tmp_path / "cm3leon.json",
-        "image_tokenizer_name": tokenizer,
-        "dataset_name": encode("codes", tokenizer),
-        "max_spans": 5,
-    }
 
 
 def test_a_run_on_codes_leaves_a_folder_that_every_door_opens(run, entries, codes, tmp_path, capsys):
@@ -161,8 +106,8 @@ def test_codes_are_refused_by_a_model_that_does_not_read_them(run, codes):
         run(dataset_name=codes["dataset_name"])
 
 
-def test_rows_of_another_image_tokenizer_than_the_models_are_refused(run, codes, encode, tmp_path):
-    other = save_vq(tmp_path / "other", seed=1)
+def test_rows_of_another_image_tokenizer_than_the_models_are_refused(run, codes, encode, save_vq, tmp_path):
+    other = save_vq("other", seed=1)
     with pytest.raises(ValueError, match="encoded with another image tokenizer than the model's, .*vq.*'weights'"):
         run(**{**codes, "image_tokenizer_name": other})
     with pytest.raises(ValueError, match="model has none to draw with. Name it as `image_tokenizer_name`"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset, Image, ReadInstruction, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .caption_arguments import CaptionArguments
@@ -16,7 +16,7 @@ from .caption_report import CaptionReport
 from .captions import prepare_encoded, prepare_pairs
 from .documents import DocumentLimit, prepare_documents, prepare_pictures
 from .formats import TEXT_COLUMNS, Rows, load_rows, open_source
-from .icon_scenes import icon_scenes_dataset, icon_scenes_stream
+from .icon_scenes import SPLITS, icon_scenes_dataset, icon_scenes_stream
 from .image_encoding import MANIFEST, load_encoded
 
 
@@ -34,7 +34,9 @@ class DatasetArguments:
             "or tar files (a glob), a folder of save_to_disk, or a Hub dataset id."
         },
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to read, e.g. train or train[:1000]."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to read, e.g. train, train[:1000], train+validation."}
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     num_scenes: int = field(default=20_000, metadata={"help": "Icon scenes to draw; ignored for other sources."})
     image_column: str = field(default="image", metadata={"help": "Column with images."})
@@ -77,7 +79,7 @@ def open_rows(
         fields: dict[str, Any] = {"glyph_set": name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
         if streaming:
             return icon_scenes_stream(arguments.num_scenes, split=arguments.dataset_split, **fields)
-        return icon_scenes_dataset(arguments.num_scenes, split=arguments.dataset_split, num_proc=num_proc, **fields)
+        return _draw_splits(arguments, num_proc=num_proc, **fields)
     if (Path(name) / MANIFEST).exists():
         return _open_encoded(arguments, image_size)
     return load_rows(
@@ -93,6 +95,21 @@ def open_rows(
         aesthetic_score_column=arguments.aesthetic_score_column,
         streaming=streaming,
     )
+
+
+def _draw_splits(arguments: DatasetArguments, **fields: Any) -> Dataset:
+    """Draws icon scenes of one split, or of several one behind the other; each has `num_scenes` to take from."""
+    try:
+        named = ReadInstruction.from_spec(arguments.dataset_split)
+        parts = named.to_absolute(dict.fromkeys(SPLITS, arguments.num_scenes))
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"`dataset_split`={arguments.dataset_split!r} of icon scenes: {error}") from error
+    drawn = [icon_scenes_dataset(arguments.num_scenes, split=part.splitname, **fields) for part in parts]
+    taken = [
+        rows if len(rows) == part.to - part.from_ else rows.select(range(part.from_, part.to))
+        for rows, part in zip(drawn, parts, strict=True)
+    ]
+    return taken[0] if len(taken) == 1 else concatenate_datasets(taken)
 
 
 def open_pictures(arguments: DatasetArguments, *, image_size: int, seed: int = 0) -> Dataset:
