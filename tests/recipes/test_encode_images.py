@@ -203,6 +203,8 @@ def test_embedded_scenes_of_several_splits_stand_one_behind_the_other() -> None:
     assert words("train+validation[:3]") == train + held_out[:3] and words("train[2:4]") == train[2:4]
     with pytest.raises(ValueError, match="`dataset_split`='test' of icon scenes: .*'train', 'validation'"):
         words("test")
+    with pytest.raises(ValueError, match=r"`dataset_split`='train\[9:\]' takes nothing of the 7 scenes of 'train'"):
+        words("train[9:]")
 
 
 class Processor:

@@ -104,9 +104,14 @@ def _draw_splits(arguments: DatasetArguments, **fields: Any) -> Dataset:
         parts = named.to_absolute(dict.fromkeys(SPLITS, arguments.num_scenes))
     except (ValueError, AssertionError) as error:
         raise ValueError(f"`dataset_split`={arguments.dataset_split!r} of icon scenes: {error}") from error
-    drawn = [icon_scenes_dataset(arguments.num_scenes, split=part.splitname, **fields) for part in parts]
+    if empty := [part.splitname for part in parts if part.to <= part.from_]:
+        raise ValueError(
+            f"`dataset_split`={arguments.dataset_split!r} takes nothing of the {arguments.num_scenes} scenes of "
+            f"{empty[0]!r}. Raise `num_scenes`, or take others."
+        )
+    drawn = [icon_scenes_dataset(part.to, split=part.splitname, **fields) for part in parts]
     taken = [
-        rows if len(rows) == part.to - part.from_ else rows.select(range(part.from_, part.to))
+        rows if part.from_ == 0 else rows.select(range(part.from_, part.to))
         for rows, part in zip(drawn, parts, strict=True)
     ]
     return taken[0] if len(taken) == 1 else concatenate_datasets(taken)
