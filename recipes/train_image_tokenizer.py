@@ -84,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments, data_args, caption_args, recipe = parse_recipe(
         ImageTokenizerArguments, DatasetArguments, CaptionArguments, TrainingRecipe, argv=argv
     )
+    if (start := arguments.quantization_start_step) > recipe.max_steps:
+        raise ValueError(
+            f"`quantization_start_step`={start} is beyond `max_steps`={recipe.max_steps}, so there would be no codes. "
+            "Give a smaller one."
+        )
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
     tokenizer = build_image_tokenizer(arguments)

@@ -228,6 +228,13 @@ def test_what_is_retrieved_changes_the_drawing_and_is_told(
     assert all(fact["retrieved"][0]["score"] >= fact["retrieved"][1]["score"] for fact in two)
 
 
+def test_a_model_that_is_nowhere_or_no_pipeline_is_named_with_what_would_be_right(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for name, words in ((tmp_path / "clip", "no model_index.json"), ("runs/nowhere", "no folder here, and the Hub")):
+        message = failure(run("generate", "a", "--model", name, "--output", tmp_path / "a.png"))
+        assert f"--model {name}" in message and words in message and "recipes/pretrain.py" in message
+
+
 def test_retrieval_that_cannot_be_is_refused(
     checkpoint: str, code_checkpoint: str, memory_dir: str, tmp_path: Path
 ) -> None:

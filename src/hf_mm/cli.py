@@ -238,7 +238,19 @@ def load_pipeline(model: str | None, trust_remote_code: bool) -> "DiffusionPipel
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     name = str(DEFAULT_CHECKPOINT) if model is None else model
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise ValueError(
+            f"--model {name} holds no pipeline: it has no model_index.json. recipes/pretrain.py writes one."
+        )
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"--model {name} is no folder here, and the Hub has no such model or cannot be reached. Give a folder "
+            "that recipes/pretrain.py wrote, or a Hub id."
+        ) from error
     pipeline.set_progress_bar_config(disable=None, desc="Drawing")
     return pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
 

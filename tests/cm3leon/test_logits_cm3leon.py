@@ -335,7 +335,8 @@ def test_impossible_tokens_are_not_drawn_where_sums_are_rounded_another_way(monk
         ({"top_p": 1.5}, "top_p.*1.5"),
         ({"decoding": "beam"}, "decoding.*beam.*mixed"),
         ({"decoding": "contrastive"}, "contrastive_k"),
-        ({"decoding": "mixed", "contrastive_k": 0, "contrastive_alpha": 0.5}, "k.*0"),
+        ({"decoding": "mixed", "contrastive_k": 0, "contrastive_alpha": 0.5}, "`contrastive_k`=0"),
+        ({"contrastive_k": 3}, "`contrastive_k`=3 has no effect.*top_p.*decoding"),
         (
             {"decoding": "mixed", "contrastive_k": 1, "contrastive_alpha": 0.5, "image_guidance_scale": 2},
             "image_guidance_scale.*2",

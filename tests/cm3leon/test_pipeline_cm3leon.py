@@ -113,10 +113,11 @@ def test_settings_of_drawing_reach_the_model(make_pipeline):
 
 def test_half_of_a_mix_is_either_way(make_pipeline):
     pipe = make_pipeline()
-    settings = {"contrastive_k": 3, "contrastive_alpha": 0.2, "top_p": 0.6, "num_images_per_prompt": 4}
+    settings = {"top_p": 0.6, "num_images_per_prompt": 4}
+    contrast = {"contrastive_k": 3, "contrastive_alpha": 0.2}
     mixed, top_p, contrastive = (
-        codes_of(pipe, ["kite"], decoding=decoding, **settings, generator=[seeded(seed) for seed in range(4)])
-        for decoding in ("mixed", "top_p", "contrastive")
+        codes_of(pipe, ["kite"], **own, **settings, generator=[seeded(seed) for seed in range(4)])
+        for own in ({"decoding": "mixed", **contrast}, {}, {"decoding": "contrastive", **contrast})
     )
     assert torch.equal(mixed, torch.cat([top_p[:2], contrastive[2:]]))
 

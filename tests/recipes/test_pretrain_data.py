@@ -120,6 +120,7 @@ def test_a_source_without_rows_held_out_gives_up_some_of_its_own(run, tmp_path):
         data,
         CaptionArguments(),
         extra,
+        None,
         size,
         tmp_path / "run",
     )

@@ -123,6 +123,8 @@ def test_quantization_begins_at_its_step_also_in_a_resumed_run(run_vq):
     assert losses_of(cut) == losses_of(whole)
     with pytest.raises(ValueError, match="`quantization_start_step`=3 must be a multiple of `code_revival_steps`=2"):
         run_vq("--quantization_start_step", "3", folder="wrong")
+    with pytest.raises(ValueError, match="`quantization_start_step`=4 is beyond `max_steps`=2"):
+        run_vq("--quantization_start_step", "4", "--max_steps", "2", folder="wrong")
 
 
 def test_a_trained_codebook_can_be_trained_further(run_vq):
@@ -130,7 +132,11 @@ def test_a_trained_codebook_can_be_trained_further(run_vq):
     further = run_vq("--max_steps", "2", "--model_name_or_path", str(folder), folder="further")
     assert weights_of(further).keys() == weights_of(folder).keys()
     with pytest.raises(ValueError, match="`model_name_or_path`=.* is of class VQModel"):
-        run_vq("--model_name_or_path", str(folder), "--image_tokenizer_class", "AutoencoderKL", folder="wrong")
+        run_vq(
+            *("--model_name_or_path", str(folder), "--image_tokenizer_class", "AutoencoderKL"),
+            *("--local_codes", "false"),
+            folder="wrong",
+        )
 
 
 @pytest.mark.slow

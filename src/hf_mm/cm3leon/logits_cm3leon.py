@@ -98,16 +98,16 @@ def contrastive_top_k(
     return (cond - uncond).masked_fill(~is_plausible, -torch.inf)
 
 
-def check_contrastive(k: int, alpha: float, amateur_temperature: float) -> None:
+def check_contrastive(k: int, alpha: float, amateur_temperature: float, prefix: str = "") -> None:
     """Refuses settings of contrastive decoding that no vocabulary can make right.
 
     Raises:
         ValueError: Naming the number and its range.
     """
     if k < 1:
-        raise ValueError(f"`k`={k} must be at least 1.")
+        raise ValueError(f"`{prefix}k`={k} must be at least 1.")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha`={alpha} must lie in [0, 1].")
+        raise ValueError(f"`{prefix}alpha`={alpha} must lie in [0, 1].")
     if not 0 < amateur_temperature < math.inf:
         raise ValueError(f"`amateur_temperature`={amateur_temperature} must be above 0, and finite.")
 
@@ -443,6 +443,9 @@ class CodeSampling:
         if self.decoding not in DECODINGS:
             raise ValueError(f"`decoding`={self.decoding!r} is not one of {DECODINGS}.")
         if self.decoding == "top_p":
+            for name in ("contrastive_k", "contrastive_alpha"):
+                if (value := self.__dict__[name]) is not None:
+                    raise ValueError(f"`{name}`={value} has no effect with `decoding`='top_p'. Set `decoding` too.")
             return
         if self.contrastive_k is None or self.contrastive_alpha is None:
             raise ValueError(f"`decoding`={self.decoding!r} needs `contrastive_k` and `contrastive_alpha`.")
@@ -451,7 +454,7 @@ class CodeSampling:
                 f"`image_guidance_scale`={self.image_guidance_scale} must be 1 with `decoding`={self.decoding!r}, "
                 "which contrasts two streams."
             )
-        check_contrastive(self.contrastive_k, self.contrastive_alpha, self.amateur_temperature)
+        check_contrastive(self.contrastive_k, self.contrastive_alpha, self.amateur_temperature, "contrastive_")
 
     @property
     def scales(self) -> tuple[float, ...]:

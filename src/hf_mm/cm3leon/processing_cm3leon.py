@@ -304,12 +304,13 @@ class CM3LeonProcessor(ProcessorMixin):
         Raises:
             ValueError: If the box is empty or lies outside the picture.
         """
-        left, upper, right, lower = box
         height, width = self.image_processor.crop_size["height"], self.image_processor.crop_size["width"]
-        if not (0 <= left < right <= width and 0 <= upper < lower <= height):
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
             raise ValueError(
-                f"`box`={box} must be (left, upper, right, lower) within a picture of {width} x {height} pixels."
+                f"`box`={box} must be (left, upper, right, lower) within a picture of {width} x {height} pixels, the "
+                "size that pictures are brought to."
             )
+        left, upper, right, lower = box
         stride = self.image_processor.vq_stride
         mask = np.zeros(self.image_processor.grid, dtype=bool)
         mask[upper // stride : -(-lower // stride), left // stride : -(-right // stride)] = True
