@@ -79,8 +79,10 @@ def finish(tokenizer: AutoencoderKL | VQModel, pictures: TrainingPictures, num_p
     return f"The tokenizer is in {output_dir}, with {measured}."
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
-    """Trains, measures the latent scale or the usage of the codes, and saves the tokenizer."""
+def read_recipe(
+    argv: Sequence[str] | None,
+) -> tuple[ImageTokenizerArguments, DatasetArguments, CaptionArguments, TrainingRecipe]:
+    """Parses the fields, and refuses those that do not fit each other."""
     arguments, data_args, caption_args, recipe = parse_recipe(
         ImageTokenizerArguments, DatasetArguments, CaptionArguments, TrainingRecipe, argv=argv
     )
@@ -89,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
             f"`quantization_start_step`={start} is beyond `max_steps`={recipe.max_steps}, so there would be no codes. "
             "Give a smaller one."
         )
+    return arguments, data_args, caption_args, recipe
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Trains, measures the latent scale or the usage of the codes, and saves the tokenizer."""
+    arguments, data_args, caption_args, recipe = read_recipe(argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
     tokenizer = build_image_tokenizer(arguments)
