@@ -130,12 +130,13 @@ class ClipReport:
         path = self.output_dir / "samples" / f"step-{step:06d}.png"
         save_captioned_grid(shown, [pairs[number][1] for number in best], path)
 
-    def export(self) -> dict[str, float]:
-        """Saves model, processor and what was measured into the output folder; for the main process."""
+    def export(self) -> str:
+        """Saves model, processor and what was measured into the output folder, and says so; for the main process."""
         with self._averaged():
             measured = self.measure()
             self.model.save_pretrained(self.output_dir)
         self.processor.save_pretrained(self.output_dir)
         text = json.dumps({**measured, "num_pairs": len(self.rows)}, indent=2)
         (self.output_dir / "retrieval.json").write_text(text, encoding="utf-8")
-        return measured
+        told = json.dumps({name: round(value, 3) for name, value in measured.items()})
+        return f"The model is in {self.output_dir}, with {told} on {len(self.rows)} pairs."

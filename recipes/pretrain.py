@@ -36,13 +36,12 @@ from hf_mm.data.documents import DocumentLimit, load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
 from hf_mm.data.retrieved_documents import MemoryBank, RetrievalArguments, RetrievedPairs
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
-from hf_mm.hub import push_folder
 from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.history import read_history
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
-from reporting import RunReport, first_captions
+from reporting import RunReport, finish_run, first_captions
 from retrieving import TrainingMemory
 
 
@@ -239,11 +238,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     )
     facts = describe_run(argv, accelerator, recipe, rows, progress)
     run_report.export(facts, asdict(recipe) | identity, rows.caption_report)  # by all: weights may be sharded
-    if accelerator.is_main_process:
-        print(f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes.")
-        if recipe.push_to_hub is not None:
-            print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")
-    accelerator.end_training()
+    told = f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes."
+    finish_run(accelerator, recipe, lambda: told)
     return output_dir
 
 

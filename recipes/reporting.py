@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from hf_mm.data.formats import iterate_captions
-from hf_mm.hub import export_folder
+from hf_mm.hub import export_folder, push_folder
 from hf_mm.text_to_image import build_drawing_pipeline
 from hf_mm.training.held_out import held_out_loss
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
+from hf_mm.training.recipe import TrainingRecipe
 from hf_mm.training.samples import save_captioned_grid
 
 
@@ -39,6 +40,21 @@ def first_captions(rows: Dataset, num_rows: int) -> list[str]:
     """The first caption of each of the first rows that have one, as prompts where a recipe names none."""
     captions = (next(iterate_captions(rows.select([number])), None) for number in range(len(rows)))
     return list(itertools.islice(filter(None, captions), num_rows))
+
+
+def finish_run(accelerator: Accelerator, recipe: TrainingRecipe, finish: Callable[[], str]) -> None:
+    """Lets the main process save and upload the results, and closes the trackers. To be called by all processes.
+
+    Args:
+        accelerator (`Accelerator`): Of the run.
+        recipe (`TrainingRecipe`): With the folder and the Hub repo.
+        finish (`Callable[[], str]`): Saves what is left to save, and says where the results are, and how good.
+    """
+    if accelerator.is_main_process:
+        print(finish())
+        if recipe.push_to_hub is not None:
+            print(f"Uploaded: {push_folder(recipe.output_dir, recipe.push_to_hub)}")
+    accelerator.end_training()
 
 
 def gather_model(model: torch.nn.Module) -> torch.nn.Module | None:

@@ -12,7 +12,6 @@ To draw eight candidates and keep the one it likes best:
     DiffusionPipeline.from_pretrained("runs/cm3leon_tiny", **clip)("a red star", num_candidates=8)
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,12 +32,12 @@ from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import StepSampler
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.text_tokenizer import end_captions
-from hf_mm.hub import push_folder
 from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.contrastive import LOSS_PARTS, ContrastiveTrainer
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
+from reporting import finish_run
 
 
 @dataclass
@@ -214,12 +213,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         ],
         loss_parts=LOSS_PARTS,
     )
-    if accelerator.is_main_process:
-        measured = json.dumps({name: round(value, 3) for name, value in shown.export().items()})
-        print(f"The model is in {output_dir}, with {measured} on {len(shown.rows)} pairs.")
-        if recipe.push_to_hub is not None:
-            print(f"Uploaded: {push_folder(output_dir, recipe.push_to_hub)}")
-    accelerator.end_training()
+    finish_run(accelerator, recipe, shown.export)
     return output_dir
 
 

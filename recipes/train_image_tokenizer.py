@@ -36,6 +36,7 @@ from hf_mm.training.image_tokenizer_codecs import VQCodec, measure_latent_scale,
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import TrainingParts, ema_weights, prepare_training, trainable_parameters
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
+from reporting import finish_run
 
 
 def build_upkeep(
@@ -62,20 +63,27 @@ def build_upkeep(
     return arguments.code_revival_steps, upkeep
 
 
-def finish(tokenizer: AutoencoderKL | VQModel, pictures: TrainingPictures, num_pictures: int, output_dir: Path) -> str:
+def export(
+    tokenizer: AutoencoderKL | VQModel,
+    parts: TrainingParts,
+    pictures: TrainingPictures,
+    num_pictures: int,
+    output_dir: Path,
+) -> str:
     """Measures the latent scale or the usage of the codes, saves the tokenizer, and says what was measured."""
-    images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
-    if isinstance(tokenizer.eval(), VQModel):
-        usage = measure_usage(tokenizer, images)
-        text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
-        (output_dir / "codebook_usage.json").write_text(text, encoding="utf-8")
-        measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
-    else:
-        scale = measure_latent_scale(tokenizer, images)
-        tokenizer.register_to_config(scaling_factor=scale)
-        measured = f"latent scale {scale:.4f}"
-    save_reconstructions(tokenizer, pictures.first(8), output_dir / "reconstructions.png")
-    tokenizer.save_pretrained(output_dir)
+    with ema_weights(parts.ema, trainable_parameters(parts.model)):
+        images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
+        if isinstance(tokenizer.eval(), VQModel):
+            usage = measure_usage(tokenizer, images)
+            text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
+            (output_dir / "codebook_usage.json").write_text(text, encoding="utf-8")
+            measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
+        else:
+            scale = measure_latent_scale(tokenizer, images)
+            tokenizer.register_to_config(scaling_factor=scale)
+            measured = f"latent scale {scale:.4f}"
+        save_reconstructions(tokenizer, pictures.first(8), output_dir / "reconstructions.png")
+        tokenizer.save_pretrained(output_dir)
     return f"The tokenizer is in {output_dir}, with {measured}."
 
 
@@ -147,12 +155,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         every=[(revival_steps, upkeep), (recipe.sample_steps, draw)],
         loss_parts=LOSS_PARTS,
     )
-    if accelerator.is_main_process:
-        with ema_weights(parts.ema, trainable_parameters(parts.model)):
-            print(finish(tokenizer, pictures, min(arguments.num_scale_images, len(rows)), output_dir))
-            if recipe.push_to_hub is not None:
-                tokenizer.push_to_hub(recipe.push_to_hub)
-    accelerator.end_training()
+    num_pictures = min(arguments.num_scale_images, len(rows))
+    finish_run(accelerator, recipe, lambda: export(tokenizer, parts, pictures, num_pictures, output_dir))
     return output_dir
 
 

@@ -84,7 +84,7 @@ def test_rows_are_mapped_into_memory_not_read(tmp_path: Path) -> None:
         f"shard-0000{shard}-of-00003.arrow" for shard in range(3)
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json"] + [
-        f"shard-0000{shard}-of-00003.arrow" for shard in range(3)
+        f"shard-0000{shard}-of-00003.{suffix}" for shard in range(3) for suffix in ("arrow", "json")
     ]
 
 

@@ -22,7 +22,7 @@ from hf_mm.data.retrieval import (
 from hf_mm.data.retrieval_index import build_index
 from hf_mm.data.retrieval_strategy import Queries
 from hf_mm.data.retrieval_vectors import VectorFolder, embed_rows
-from hf_mm.data.shards import claim_folder, map_shard, read_manifest, write_checksum
+from hf_mm.data.shards import claim_folder, map_shards, read_manifest
 
 
 disable_progress_bars()
@@ -58,11 +58,7 @@ def write_vectors(folder: Path, seed: int = 0, encoder: str = "x", spread: float
         return {name: values[numbers].astype(np.float16) for name, values in columns.items()} | facts
 
     rows = Dataset.from_dict({"number": range(NUM_ROWS)})
-    for shard in range(NUM_SHARDS):
-        path = map_shard(
-            rows, take, features, folder, shard, NUM_SHARDS, batch_size=50, remove_columns="number", verb="Making"
-        )
-        write_checksum(path)
+    map_shards(rows, take, features, folder, NUM_SHARDS, batch_size=50, remove_columns="number", verb="Making")
     return VectorFolder.open(folder)
 
 

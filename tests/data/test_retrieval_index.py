@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value, disable_progress_bars
 from hf_mm.data import retrieval_index
 from hf_mm.data.retrieval_index import build_index, choose_factory, open_index
 from hf_mm.data.retrieval_vectors import VectorFolder
-from hf_mm.data.shards import claim_folder, map_shard, write_checksum
+from hf_mm.data.shards import claim_folder, map_shards
 
 
 disable_progress_bars()
@@ -31,12 +31,10 @@ def write_vectors(folder: Path, seed: int = 0) -> VectorFolder:
     claim_folder(folder, manifest, "vectors made")
     features = Features({"vector": List(Value("float16"), length=DIMENSION)})
     rows = Dataset.from_dict({"number": range(NUM_ROWS)})
-    for shard in range(NUM_SHARDS):
-        path = map_shard(
-            rows, lambda _, numbers: {"vector": vectors[numbers]}, features, folder, shard, NUM_SHARDS,
-            batch_size=50, remove_columns="number", verb="Making",
-        )  # fmt: skip
-        write_checksum(path)
+    map_shards(
+        rows, lambda _, numbers: {"vector": vectors[numbers]}, features, folder, NUM_SHARDS,
+        batch_size=50, remove_columns="number", verb="Making",
+    )  # fmt: skip
     return VectorFolder.open(folder)
 
 

@@ -27,7 +27,8 @@ def digest_weights(model: torch.nn.Module) -> str:
     """Hashes the weights, so that other weights under the same name are noticed."""
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.state_dict().items():
-        digest.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
+        stored = weight.cpu().contiguous().flatten().view(torch.uint8)  # NumPy knows no bfloat16
+        digest.update(name.encode() + stored.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatena
 
 from .fingerprints import digest_rows
 from .formats import ImageError, RowError, center_crop_resize, check_columns, open_image
-from .shards import MANIFEST, claim_folder, map_shard, read_manifest, shard_path, shard_paths
+from .shards import MANIFEST, claim_folder, map_shards, read_manifest, shard_paths
 
 
 __all__ = ["MANIFEST", "Encoder", "encode_rows", "load_encoded", "raw_pixels", "read_manifest"]
@@ -97,19 +97,18 @@ def encode_rows(
     folder = Path(output_dir)
     claim_folder(folder, manifest, "images encoded")
     features = Features({name: kind for name, kind in rows.features.items() if name != "image"} | columns)
-    for shard in range(process_index, num_shards, num_processes):
-        if not shard_path(folder, shard, num_shards).exists():
-            map_shard(
-                rows,
-                batch_encoder,
-                features,
-                folder,
-                shard,
-                num_shards,
-                batch_size=batch_size,
-                remove_columns="image",
-                verb="Encoding",
-            )
+    map_shards(
+        rows,
+        batch_encoder,
+        features,
+        folder,
+        num_shards,
+        process_index=process_index,
+        num_processes=num_processes,
+        batch_size=batch_size,
+        remove_columns="image",
+        verb="Encoding",
+    )
     if process_index == 0:
         print(f"Encoded images of {len(rows)} rows are in {folder} ({num_shards} shards).")
     return folder

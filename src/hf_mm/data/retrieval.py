@@ -22,13 +22,10 @@ from .retrieval_strategy import Candidates, Neighbors, Queries, RetrievalStrateg
 from .retrieval_vectors import ASKING_COLUMNS, DocumentVectors, VectorFolder, find_image, find_text
 from .shards import (
     claim_folder,
-    is_intact,
-    map_shard,
+    map_shards,
     read_checksum,
     read_manifest,
-    shard_path,
     shard_paths,
-    write_checksum,
 )
 
 
@@ -183,20 +180,18 @@ def find_neighbors(
         }
 
     features = Features({IDS: List(Value("int64")), SCORES: List(Value("float32"))})
-    for shard in range(process_index, num_shards, num_processes):
-        if not is_intact(shard_path(folder, shard, num_shards)):
-            path = map_shard(
-                rows,
-                find,
-                features,
-                folder,
-                shard,
-                num_shards,
-                batch_size=batch_size,
-                remove_columns=rows.column_names,
-                verb="Finding neighbours of",
-            )
-            write_checksum(path)
+    map_shards(
+        rows,
+        find,
+        features,
+        folder,
+        num_shards,
+        process_index=process_index,
+        num_processes=num_processes,
+        batch_size=batch_size,
+        remove_columns=rows.column_names,
+        verb="Finding neighbours of",
+    )
     return folder
 
 

@@ -20,13 +20,10 @@ from .formats import TEXT_COLUMNS, ImageError, check_columns, open_image
 from .shards import (
     MANIFEST,
     claim_folder,
-    is_intact,
-    map_shard,
+    map_shards,
     read_checksum,
     read_manifest,
-    shard_path,
     shard_paths,
-    write_checksum,
 )
 
 
@@ -88,21 +85,18 @@ def embed_rows(
     features = Features({name: List(Value("float16"), length=encoder.dimension) for name in names})
     features |= Features({"has_text": Value("bool"), "has_image": Value("bool")})
     embed = _RowEmbedder(encoder, query_dropout, seed)
-    for shard in range(process_index, num_shards, num_processes):
-        if not is_intact(shard_path(folder, shard, num_shards)):
-            write_checksum(
-                map_shard(
-                    rows,
-                    embed,
-                    features,
-                    folder,
-                    shard,
-                    num_shards,
-                    batch_size=batch_size,
-                    remove_columns=rows.column_names,
-                    verb="Embedding",
-                )
-            )
+    map_shards(
+        rows,
+        embed,
+        features,
+        folder,
+        num_shards,
+        process_index=process_index,
+        num_processes=num_processes,
+        batch_size=batch_size,
+        remove_columns=rows.column_names,
+        verb="Embedding",
+    )
     return folder
 
 

@@ -66,7 +66,7 @@ def first_row(num_rows: int, shard: int, num_shards: int) -> int:
     return num_rows // num_shards * shard + min(shard, num_rows % num_shards)
 
 
-def map_shard(
+def _map_shard(
     rows: Dataset,
     function: Callable[..., Mapping[str, Any]],
     features: Features,
@@ -114,6 +114,34 @@ def map_shard(
     (draft / path.name).replace(path)
     shutil.rmtree(draft)
     return path
+
+
+def map_shards(
+    rows: Dataset,
+    function: Callable[..., Mapping[str, Any]],
+    features: Features,
+    folder: Path,
+    num_shards: int,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    **fields: Any,
+) -> None:
+    """Maps the shards of one process, each with its checksum; those that are there whole stay as they are.
+
+    Args:
+        rows (`Dataset`): The same in every process.
+        function (`Callable`): Takes a batch and the numbers of its rows among all.
+        features (`Features`): Of what it returns and of the columns that stay.
+        folder (`Path`): For the files.
+        num_shards (`int`): Files to write.
+        process_index (`int`, defaults to 0): Writes shards `process_index, process_index + num_processes, ...`.
+        num_processes (`int`, defaults to 1): How many there are.
+        fields: `batch_size`, `remove_columns` as in `Dataset.map`; `verb`, what is done, for the progress bar.
+    """
+    for shard in range(process_index, num_shards, num_processes):
+        if not is_intact(shard_path(folder, shard, num_shards)):
+            write_checksum(_map_shard(rows, function, features, folder, shard, num_shards, **fields))
 
 
 def shard_paths(folder: Path, num_shards: int) -> list[Path]:
