@@ -28,7 +28,7 @@ from datasets import Dataset, Features, List, Value
 
 from hf_mm.data.retrieval_index import COLUMN, build_index, choose_factory, open_index
 from hf_mm.data.retrieval_vectors import VectorFolder
-from hf_mm.data.shards import claim_folder, is_intact, map_shard, shard_path, write_checksum
+from hf_mm.data.shards import claim_folder, map_shards
 
 
 NUM_TOPICS = 4096
@@ -73,20 +73,16 @@ def write_vectors(folder: Path, made: MadeVectors, kind: str, num_rows: int) -> 
     claim_folder(folder, manifest, "vectors made")
     features = Features({COLUMN: List(Value("float16"), length=made.dimension)})
     rows = Dataset.from_dict({"number": range(num_rows)})
-    for shard in range(num_shards):
-        if not is_intact(shard_path(folder, shard, num_shards)):
-            path = map_shard(
-                rows,
-                lambda batch, numbers: {COLUMN: made(numbers[0], len(numbers)).astype(np.float16)},
-                features,
-                folder,
-                shard,
-                num_shards,
-                batch_size=5000,
-                remove_columns="number",
-                verb="Making",
-            )
-            write_checksum(path)
+    map_shards(
+        rows,
+        lambda batch, numbers: {COLUMN: made(numbers[0], len(numbers)).astype(np.float16)},
+        features,
+        folder,
+        num_shards,
+        batch_size=5000,
+        remove_columns="number",
+        verb="Making",
+    )
 
 
 def build_apart(vectors_dir: Path, index_dir: Path, factory: str) -> dict[str, float]:

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_mm.data.icon_scenes import BACKGROUND_COLORS, GLYPH_SETS, OBJECT_COLORS, icon_scenes_dataset, render_glyph
-from hf_mm.evaluation.scene_accuracy import scene_accuracy
+from hf_mm.data.icon_scenes import icon_scenes_dataset
 from hf_mm.training.recipe import parse_recipe
 from hf_mm.training.samples import save_captioned_grid
+from scoring import draw_scenes, load_pipeline, score_pictures
 
 
 @dataclass
@@ -42,19 +40,6 @@ class EvaluationRecipe:
     output_dir: str = field(default="runs/evaluation", metadata={"help": "For scores and pictures."})
 
 
-def draw_scenes(pipe: DiffusionPipeline, prompts: list[str], recipe: EvaluationRecipe) -> list[np.ndarray]:
-    """Draws one picture per prompt, each from noise of its own."""
-    drawing: dict[str, Any] = {"guidance_scale": recipe.guidance_scale}
-    if recipe.num_inference_steps is not None:
-        drawing["num_inference_steps"] = recipe.num_inference_steps
-    pictures: list[np.ndarray] = []
-    for start in tqdm(range(0, len(prompts), recipe.batch_size), desc="draw"):
-        batch = prompts[start : start + recipe.batch_size]
-        generators = [torch.Generator().manual_seed(recipe.seed + start + number) for number in range(len(batch))]
-        pictures += [np.asarray(image) for image in pipe(batch, generator=generators, **drawing).images]
-    return pictures
-
-
 def score_captions(pipe: DiffusionPipeline, rows: Any, recipe: EvaluationRecipe) -> dict[str, float]:
     """Share of captions of single objects that name the right glyph, and the right colour."""
     named = {"glyph": 0, "color": 0}
@@ -71,10 +56,7 @@ def score_captions(pipe: DiffusionPipeline, rows: Any, recipe: EvaluationRecipe)
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, scores, captions, and saves a grid and the scores."""
     (recipe,) = parse_recipe(EvaluationRecipe, argv=argv)
-    pipe = DiffusionPipeline.from_pretrained(recipe.model_name_or_path)
-    pipe.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    pipe.set_progress_bar_config(disable=True)
-    diffusers_logging.disable_progress_bar()
+    pipe = load_pipeline(recipe.model_name_or_path)
     rows = icon_scenes_dataset(
         recipe.num_scenes,
         glyph_set=recipe.glyph_set,
@@ -84,17 +66,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         kinds=dict.fromkeys(recipe.kinds, 1.0),
     )
     prompts, scenes = list(rows["description"]), list(rows["scene"])
-    ruler = {
-        "glyphs": GLYPH_SETS[recipe.glyph_set],
-        "colors": OBJECT_COLORS,
-        "backgrounds": BACKGROUND_COLORS,
-        "render_glyph": render_glyph,
-    }
-    pictures = draw_scenes(pipe, prompts, recipe)
+    drawing = {"guidance_scale": recipe.guidance_scale, "num_inference_steps": recipe.num_inference_steps}
+    pictures = draw_scenes(pipe, prompts, seed=recipe.seed, batch_size=recipe.batch_size, **drawing)
+    truth = [np.asarray(image) for image in rows["image"]]
     scores: dict[str, Any] = {
-        "drawn": scene_accuracy(pictures, scenes, **ruler),
-        "true_pictures": scene_accuracy([np.asarray(image) for image in rows["image"]], scenes, **ruler)["overall"],
-        "shuffled_prompts": scene_accuracy(pictures, scenes[1:] + scenes[:1], **ruler)["overall"],
+        "drawn": score_pictures(pictures, scenes, recipe.glyph_set),
+        "true_pictures": score_pictures(truth, scenes, recipe.glyph_set)["overall"],
+        "shuffled_prompts": score_pictures(pictures, scenes[1:] + scenes[:1], recipe.glyph_set)["overall"],
     }
     if recipe.num_captions:
         single = icon_scenes_dataset(
