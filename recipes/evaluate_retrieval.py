@@ -116,9 +116,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     pipe = load_pipeline(recipe.model_name_or_path)
     retriever = open_retriever(recipe.retrieval_dir, pipe.device)
     if "scene" not in retriever.memory.column_names:
-        raise ValueError(
-            f"`retrieval_dir`={recipe.retrieval_dir!r} is no memory bank of icon scenes: no row has `scene`."
-        )
+        raise ValueError(f"`retrieval_dir`={recipe.retrieval_dir!r} holds no icon scenes: its rows have no `scene`.")
     by_seed = [score_seed(pipe, retriever, recipe, seed) for seed in recipe.seeds]
     scores = [score for of_seed, _, _ in by_seed for score in of_seed]
     folder = Path(recipe.output_dir)

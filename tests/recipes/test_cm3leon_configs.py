@@ -44,7 +44,11 @@ def test_numbers_of_the_paper_stand_in_the_recipe_of_each_size(size):
     assert (values["learning_rate"], values["warmup_steps"]) == (learning_rate, 1500)
     assert values["max_steps"] * TOKENS_PER_STEP == num_tokens
     rows_per_step = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * num_gpus
-    assert rows_per_step * TOKENS_PER_PAIR == pytest.approx(TOKENS_PER_STEP, rel=0.01)
+    (num_retrieved,) = values["retrieved_counts"]
+    pairs_per_step = rows_per_step * (1 + num_retrieved)
+    assert pairs_per_step * TOKENS_PER_PAIR == pytest.approx(TOKENS_PER_STEP, rel=0.01)
+    longest = (1 + num_retrieved) * (TOKENS_PER_PAIR + 20) + 3 * values["max_spans"]
+    assert longest <= 4096 < longest + TOKENS_PER_PAIR  # one more pair would not fit
     assert f"on {num_gpus} GPUs" in (CONFIGS / f"cm3leon_{size}_pretrain.yaml").read_text().splitlines()[0]
     assert (values["mean_spans"], values["max_spans"], values["image_first_share"]) == (1, 16, 0)
     # The paper prints no more; these are of the training code that it shares with OPT.
