@@ -34,8 +34,8 @@ def say(processor):
     return spell
 
 
-def text(value):
-    return {"type": "text", "text": value}
+def text(value, **fields):
+    return {"type": "text", "text": value, **fields}
 
 
 def image(codes=CODES, **fields):
@@ -63,6 +63,84 @@ def test_documents_are_parts_with_breaks_between_and_delimiters_around(processor
     assert say(processor.encode_document(content)["input_ids"]) == expected.replace(
         "kite", say(processor._encode_text("kite"))
     )
+
+
+END_OF_TURN = {"type": "end_of_turn"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([text("kite", is_answer=True), image()], "kite <break>"),
+        ([text("a"), text("kite", is_answer=True), text("."), image()], "kite"),
+        ([text("a: "), text("kite", is_answer=True), image()], "Ġ kite <break>"),
+        ([text("edit"), image(), text("b"), image(is_answer=True)], "codes 16 </s>"),
+        ([text("edit"), image(is_answer=True), text("b")], "codes 16 <break>"),
+        (
+            [text("a"), text("b", is_answer=True), END_OF_TURN, text("c"), text("d", is_answer=True)],
+            "b <break> d </s>",
+        ),
+        ([text("a"), {"type": "image", "is_answer": True}, END_OF_TURN, text("c")], "holes 16 <break>"),
+        ([text("a", is_answer=False), image()], ""),
+        ([text("", is_answer=True)], ""),
+    ],
+)
+def test_answers_are_marked_with_what_ends_them(processor, say, content, expected):
+    out = processor.encode_document(content)
+    assert len(out["answer_mask"]) == len(out["input_ids"]) == len(out["labels"])
+    kept = [token for token, mark in zip(out["input_ids"], out["answer_mask"], strict=True) if mark]
+    assert say(kept) == expected.replace("Ġ kite", say(processor._encode_text(" kite"))).replace(
+        "kite", say(processor._encode_text("kite"))
+    )
+
+
+def test_documents_without_answers_have_no_mask_and_answers_change_no_id(processor):
+    plain = [text("what is it?"), image()]
+    out = processor.encode_document(plain)
+    answered = processor.encode_document([text("what is it?", is_answer=True), image(is_answer=None)])
+    assert out.keys() == {"input_ids", "labels"}
+    assert {name: answered[name] for name in out} == out
+
+
+def test_a_prompt_that_ends_before_the_answer_has_the_same_ids(processor):
+    for question in ("an orange ", "a whit"):  # with what stands behind they would be other tokens
+        document = processor.encode_document([text(question), text("kite", is_answer=True)])
+        prompt = processor(text=question.rstrip())["input_ids"][0]
+        assert document["input_ids"][: len(prompt)] == list(prompt)
+        assert not any(document["answer_mask"][: len(prompt)]) and document["answer_mask"][len(prompt)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([text("a"), text("b"), END_OF_TURN, text("c")], "</s> a b <break> c </s>"),
+        (
+            [text("a"), image(), END_OF_TURN, text("c"), image()],
+            "</s> a <break> codes 16 <break> c <break> codes 16 </s>",
+        ),
+        ([text("a"), END_OF_TURN, image(), END_OF_TURN], "</s> a <break> codes 16 </s>"),
+    ],
+)
+def test_turns_have_one_break_between(processor, say, content, expected):
+    content = [{**part, "is_answer": part.get("text") == "b"} for part in content]
+    assert say(processor.encode_document(content)["input_ids"]) == expected
+
+
+def test_edits_are_laid_out_by_the_template_unless_they_have_a_place_themselves(
+    processor, make_config, code_tokenizer, tmp_path
+):
+    assert processor.edit_prompt("a {red} star") == "<image>a {red} star"
+    template = "Edit<image>now: {prompt}"
+    CM3LeonProcessor(processor.image_processor, code_tokenizer, edit_template=template).save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.edit_prompt("a {red} star") == "Edit<image>now: a {red} star"
+    assert again.edit_prompt("depth<image>a star") == "depth<image>a star"
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "<image>", "<image>{prompt}<image>", "{prompt}<image>{prompt}"])
+def test_an_edit_template_without_its_places_is_refused(processor, code_tokenizer, template):
+    with pytest.raises(ValueError, match="edit_template.*'<image>'.*'{prompt}'"):
+        CM3LeonProcessor(processor.image_processor, code_tokenizer, edit_template=template)
 
 
 def test_every_token_but_the_first_is_a_target(processor):

@@ -43,6 +43,84 @@ def test_labels_are_the_text_the_openings_and_the_end(processor, tokenizer):
     assert all(label in (ignored, token) for token, label in zip(out["input_ids"], out["labels"], strict=True))
 
 
+def text(value, **fields):
+    return {"type": "text", "text": value, **fields}
+
+
+def image(height, width, **fields):
+    return {"type": "image", "size": (height, width), **fields}
+
+
+END_OF_TURN = {"type": "end_of_turn"}
+
+
+@pytest.fixture
+def marked(processor):
+    """Tokens of a document that its `answer_mask` marks, joined."""
+
+    def spell(content):
+        out = processor.encode_document(content)
+        assert len(out["answer_mask"]) == len(out["input_ids"]) == len(out["labels"])
+        kept = [token for token, mark in zip(out["input_ids"], out["answer_mask"], strict=True) if mark]
+        return processor.tokenizer.decode(kept)
+
+    return spell
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([image(2, 4), text("what is it? "), text("kite", is_answer=True)], " kite</s>"),
+        ([image(2, 4), text("edit"), image(2, 6, is_answer=True)], "<boi><image><image><image></s>"),
+        ([text("kite", is_answer=True), text("."), image(2, 2)], "kite"),
+        ([text("a"), text("b", is_answer=True), END_OF_TURN, text("c"), text("d", is_answer=True)], "b</s>d</s>"),
+        ([text("a"), text("b", is_answer=True), END_OF_TURN, text("c")], "b</s>"),
+        ([text("a", is_answer=False)], ""),
+    ],
+)
+def test_answers_are_marked_with_what_ends_them(marked, content, expected):
+    assert marked(content) == expected
+
+
+def test_documents_without_answers_have_no_mask_and_answers_change_no_id(processor):
+    plain = [image(2, 4), text("what is it?"), text(" kite")]
+    out = processor.encode_document(plain)
+    answered = processor.encode_document([*plain[:2], text(" kite", is_answer=True)])
+    assert out.keys() == {"input_ids", "labels"}
+    assert {name: answered[name] for name in out} == out
+
+
+def test_a_prompt_that_ends_before_the_answer_has_the_same_ids(processor):
+    for question in ("an orange ", "a whit"):  # with what stands behind they would be other tokens
+        document = processor.encode_document([text(question), text("kite", is_answer=True)])
+        prompt = processor(text=question.rstrip())["input_ids"][0]
+        assert document["input_ids"][: len(prompt)] == list(prompt)
+        assert not any(document["answer_mask"][: len(prompt)]) and document["answer_mask"][len(prompt)]
+
+
+def test_turns_end_in_the_end_of_a_document_which_is_written_once(processor, tokenizer):
+    content = [text("a"), text("b", is_answer=True), END_OF_TURN]
+    whole = processor.encode_document([*content, text("c")])
+    assert whole["input_ids"].count(tokenizer.eos_token_id) == 2
+    assert whole["labels"] == [-100, *whole["input_ids"][1:]]
+    assert processor.encode_document(content) == processor.encode_document(content[:-1])
+
+
+def test_edits_are_laid_out_by_the_template_unless_they_have_a_place_themselves(processor, tokenizer, tmp_path):
+    assert processor.edit_prompt("a {red} star") == "<image>a {red} star"
+    template = "Edit<image>now: {prompt}"
+    TransfusionProcessor(TransfusionImageProcessor(), tokenizer, edit_template=template).save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.edit_prompt("a {red} star") == "Edit<image>now: a {red} star"
+    assert again.edit_prompt("depth<image>a star") == "depth<image>a star"
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "<image>", "<image>{prompt}<image>", "{prompt}<image>{prompt}"])
+def test_an_edit_template_without_its_places_is_refused(tokenizer, template):
+    with pytest.raises(ValueError, match="edit_template.*'<image>'.*'{prompt}'"):
+        TransfusionProcessor(TransfusionImageProcessor(), tokenizer, edit_template=template)
+
+
 def test_an_empty_document_is_its_beginning_and_end(processor, tokenizer):
     assert processor.encode_document([])["input_ids"] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
     assert processor(text="", return_tensors="pt")["input_ids"].tolist() == [[tokenizer.bos_token_id]]

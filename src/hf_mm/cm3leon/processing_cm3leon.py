@@ -7,7 +7,7 @@ and pictures; which spans are masked in training is the data's.
 
 import copy
 from collections.abc import Sequence
-from itertools import dropwhile, groupby, takewhile
+from itertools import dropwhile, groupby, pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,32 @@ def extend_tokenizer(
     return extended
 
 
+def give_spaces_to_answers(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Moves the space between a text and its answer to the answer, whose first word it belongs to.
+
+    Args:
+        content (`list[dict]`): Parts of a document; texts may have `is_answer`.
+
+    Returns:
+        `list[dict]`: the same parts, those changed copied.
+
+    Example:
+        >>> question, answer = {"type": "text", "text": "Answer: "}, {"type": "text", "text": "7", "is_answer": True}
+        >>> [part["text"] for part in give_spaces_to_answers([question, answer])]
+        ['Answer:', ' 7']
+
+    """
+    parts = list(content)
+    for index, (part, follower) in enumerate(pairwise(content)):
+        is_text = part["type"] == follower["type"] == "text"
+        if is_text and follower.get("is_answer") and not part.get("is_answer"):
+            text = parts[index]["text"].rstrip(" ")
+            spaces = parts[index]["text"][len(text) :]
+            parts[index] = {**part, "text": text}
+            parts[index + 1] = {**follower, "text": spaces + follower["text"]}
+    return parts
+
+
 class CM3LeonProcessor(ProcessorMixin):
     """Prepares inputs of [`CM3LeonForConditionalGeneration`] and reads its outputs.
 
@@ -82,9 +108,13 @@ class CM3LeonProcessor(ProcessorMixin):
         image_processor ([`CM3LeonImageProcessor`]): Knows the picture size and the grid of codes.
         tokenizer (`PreTrainedTokenizerFast`): From `extend_tokenizer`.
         chat_template (`str`, *optional*): Defaults to the turns one below the other, images where they stand.
+        edit_template (`str`, *optional*):
+            How a pipeline lays out the prompt of a drawing that reads a picture, a text with `<image>` and `{prompt}`,
+            such as `"Edit first image following the instruction<image>{prompt}"`. Defaults to `"<image>{prompt}"`.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the special tokens, the codes or the sentinels.
+        ValueError: If `edit_template` lacks one of its two places, or the tokenizer lacks one of the special tokens,
+            the codes or the sentinels.
 
     Source: CM3Leon (arXiv 2309.02591), sections 2.1 and 2.3, figures 8 and 9.
     """
@@ -94,6 +124,7 @@ class CM3LeonProcessor(ProcessorMixin):
         image_processor: CM3LeonImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
+        edit_template: str | None = None,
     ) -> None:
         present, vocabulary = tokenizer.special_tokens_map, tokenizer.get_vocab()
         missing = [name for name in REQUIRED_TOKENS if not present.get(name)]
@@ -104,6 +135,12 @@ class CM3LeonProcessor(ProcessorMixin):
         self.first_sentinel_token_id, self.num_sentinel_tokens = token_range(vocabulary, SENTINEL_TOKEN)
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
+        self.edit_template = edit_template or self.image_token + "{prompt}"
+        if [self.edit_template.count(place) for place in (self.image_token, "{prompt}")] != [1, 1]:
+            raise ValueError(
+                f"`edit_template`={edit_template!r} must have one {self.image_token!r} and one '{{prompt}}', such as "
+                f"'Edit first image following the instruction{self.image_token}{{prompt}}'."
+            )
         self._reserved = {
             index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -207,6 +244,14 @@ class CM3LeonProcessor(ProcessorMixin):
             parts, ending = [unknown, *parts], delimiter + unknown
         return delimiter + self.tokenizer.break_token.join(part for part in parts if part) + ending
 
+    def edit_prompt(self, prompt: str) -> str:
+        """Lays out the prompt of a drawing that reads a picture, by `edit_template`.
+
+        Args:
+            prompt (`str`): What to do with the picture; one that has `<image>` itself stays as it is.
+        """
+        return prompt if self.image_token in prompt else self.edit_template.replace("{prompt}", prompt)
+
     def tokens_per_image(self) -> int:
         """Tokens that a picture takes in a document, its `<break>` included."""
         return self.codes_per_image() + 1
@@ -250,17 +295,26 @@ class CM3LeonProcessor(ProcessorMixin):
         Args:
             content (`list[dict]`):
                 Parts in order: `{"type": "text", "text": str}`, or `{"type": "image", "codes": list[int]}`, the codes
-                from 0, row by row. An image without `codes` becomes placeholders, for `pixel_values`. Texts side by
-                side are one part.
+                from 0, row by row, or `{"type": "end_of_turn"}` between two turns of a conversation. An image without
+                `codes` becomes placeholders, for `pixel_values`. Texts side by side are one part, unless a turn ends
+                between them. Texts and images may have `is_answer`, True on what the model is to answer; a space
+                between a text and its answer then belongs to the answer, as to the word it stands before.
 
         Returns:
-            `dict`: `input_ids` and `labels`. Every token but the first is a target.
+            `dict`: `input_ids` and `labels`. Every token but the first is a target. Where a part has `is_answer` also
+            `answer_mask`: 1 on the text and the codes of answers, and on the `<break>` or `<eos>` behind a part that
+            ends in one.
 
         Raises:
             ValueError: If a text spells a special token, codes do not fit the model, or a part has no known type.
         """
-        input_ids = self._join_parts(self._encode_parts(content)[0])
-        return {"input_ids": input_ids, "labels": [-100, *input_ids[1:]]}
+        parts, _, answers = self._encode_parts(content)
+        input_ids = self._join_parts(parts)
+        document = {"input_ids": input_ids, "labels": [-100, *input_ids[1:]]}
+        if any(part.get("is_answer") is not None for part in content):
+            marks = [mark for part_marks in answers for mark in (*part_marks, *part_marks[-1:])]
+            document["answer_mask"] = [0, *(marks or [0])]
+        return document
 
     def infill_prompt(self, content: list[dict[str, Any]]) -> dict[str, list[Any]]:
         """Lays a document out that is known in part, up to where the model writes what is missing.
@@ -283,7 +337,7 @@ class CM3LeonProcessor(ProcessorMixin):
         Source: CM3Leon, section 3.3 and figure 9. Differs: the `<eos>` of the document stays before the sentinel, as
         in training.
         """
-        parts, span_lengths = self._encode_parts(content, with_masks=True)
+        parts, span_lengths, _ = self._encode_parts(content, with_masks=True)
         if not span_lengths:
             raise ValueError("`content` has nothing to fill in: no part of type 'mask' and no image with a `mask`.")
         return {"input_ids": [*self._join_parts(parts), self.first_sentinel_token_id], "span_lengths": span_lengths}
@@ -318,30 +372,39 @@ class CM3LeonProcessor(ProcessorMixin):
 
     def _encode_parts(
         self, content: list[dict[str, Any]], with_masks: bool = False
-    ) -> tuple[list[list[int]], list[int | None]]:
-        """Encodes the parts of a document, sentinels in the place of what is missing, and lists what that is."""
+    ) -> tuple[list[list[int]], list[int | None], list[list[int]]]:
+        """Encodes the parts of a document, sentinels for what is missing, which is listed; answers are marked."""
         parts: list[list[int]] = []
+        answers: list[list[int]] = []
         span_lengths: list[int | None] = []
-        types = ("text", "image", "mask") if with_masks else ("text", "image")
-        for kind, group in groupby(content, key=lambda part: "image" if part["type"] == "image" else "text"):
-            members = list(group)
-            if unknown := [part["type"] for part in members if part["type"] not in types]:
-                raise ValueError(f"`type`={unknown[0]!r} of a document part is not one of {types}.")
+        types = ("text", "image", "mask") if with_masks else ("text", "image", "end_of_turn")
+        if unknown := [part["type"] for part in content if part["type"] not in types]:
+            raise ValueError(f"`type`={unknown[0]!r} of a document part is not one of {types}.")
+        segments = {"text": "text", "mask": "text", "image": "image", "end_of_turn": "end_of_turn"}
+        for kind, group in groupby(give_spaces_to_answers(content), key=lambda part: segments[part["type"]]):
             if kind == "image":
-                parts += [self._encode_image(part, span_lengths) for part in members]
-            elif ids := self._encode_texts(members, span_lengths):
-                parts.append(ids)
-        return parts, span_lengths
+                for part in group:
+                    parts.append(self._encode_image(part, span_lengths))
+                    answers.append([int(bool(part.get("is_answer")))] * len(parts[-1]))
+            elif kind == "text":
+                ids, marks = self._encode_texts(list(group), span_lengths)
+                parts += [ids] if ids else []
+                answers += [marks] if ids else []
+        return parts, span_lengths, answers
 
-    def _encode_texts(self, members: list[dict[str, Any]], span_lengths: list[int | None]) -> list[int]:
-        """Encodes texts and masks side by side; texts that touch are one text."""
+    def _encode_texts(
+        self, members: list[dict[str, Any]], span_lengths: list[int | None]
+    ) -> tuple[list[int], list[int]]:
+        """Encodes texts and masks side by side; texts that touch are one text, but for answers, which are marked."""
         ids: list[int] = []
-        for kind, group in groupby(members, key=lambda part: part["type"]):
+        marks: list[int] = []
+        for (kind, is_answer), group in groupby(members, key=lambda part: (part["type"], bool(part.get("is_answer")))):
             if kind == "text":
                 ids += self._encode_text("".join(part["text"] for part in group))
             else:
                 ids.append(self._next_sentinel(span_lengths, None))
-        return ids
+            marks += [int(is_answer)] * (len(ids) - len(marks))
+        return ids, marks
 
     def _encode_image(self, part: dict[str, Any], span_lengths: list[int | None]) -> list[int]:
         """Encodes a picture, every run of missing codes replaced by a sentinel."""

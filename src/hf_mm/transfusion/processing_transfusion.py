@@ -4,6 +4,7 @@ A document is `<s> ... </s>` with each image as `<boi> patches <eoi>` where it s
 ids and pictures; what the model makes of them, and the noise, are elsewhere.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .image_processing_transfusion import TransfusionImageProcessor
 
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "boi_token", "eoi_token", "image_token")
+PART_TYPES = ("text", "image", "end_of_turn")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -30,6 +32,32 @@ CHAT_TEMPLATE = (
 )
 
 
+def give_spaces_to_answers(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Moves the space between a text and its answer to the answer, whose first word it belongs to.
+
+    Args:
+        content (`list[dict]`): Parts of a document; texts may have `is_answer`.
+
+    Returns:
+        `list[dict]`: the same parts, those changed copied.
+
+    Example:
+        >>> question, answer = {"type": "text", "text": "Answer: "}, {"type": "text", "text": "7", "is_answer": True}
+        >>> [part["text"] for part in give_spaces_to_answers([question, answer])]
+        ['Answer:', ' 7']
+
+    """
+    parts = list(content)
+    for index, (part, follower) in enumerate(pairwise(content)):
+        is_text = part["type"] == follower["type"] == "text"
+        if is_text and follower.get("is_answer") and not part.get("is_answer"):
+            text = parts[index]["text"].rstrip(" ")
+            spaces = parts[index]["text"][len(text) :]
+            parts[index] = {**part, "text": text}
+            parts[index + 1] = {**follower, "text": spaces + follower["text"]}
+    return parts
+
+
 class TransfusionProcessor(ProcessorMixin):
     """Prepares inputs of [`TransfusionForConditionalGeneration`] and reads its outputs.
 
@@ -38,9 +66,12 @@ class TransfusionProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerFast`):
             Has the tokens `bos`, `eos`, `pad` and the extra special tokens `boi_token`, `eoi_token`, `image_token`.
         chat_template (`str`, *optional*): Defaults to the turns one below the other, images where they stand.
+        edit_template (`str`, *optional*):
+            How a pipeline lays out the prompt of a drawing that reads a picture, a text with `<image>` and `{prompt}`,
+            such as `"Edit first image following the instruction<image>{prompt}"`. Defaults to `"<image>{prompt}"`.
 
     Raises:
-        ValueError: If the tokenizer lacks one of the special tokens.
+        ValueError: If `edit_template` lacks one of its two places, or the tokenizer lacks one of the special tokens.
 
     Source: Transfusion (arXiv 2408.11039), section 3 (data representation).
     """
@@ -50,6 +81,7 @@ class TransfusionProcessor(ProcessorMixin):
         image_processor: TransfusionImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
+        edit_template: str | None = None,
     ) -> None:
         present = {**tokenizer.special_tokens_map}
         if missing := [name for name in SPECIAL_TOKENS if not present.get(name)]:
@@ -59,6 +91,12 @@ class TransfusionProcessor(ProcessorMixin):
             )
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
+        self.edit_template = edit_template or self.image_token + "{prompt}"
+        if [self.edit_template.count(place) for place in (self.image_token, "{prompt}")] != [1, 1]:
+            raise ValueError(
+                f"`edit_template`={edit_template!r} must have one {self.image_token!r} and one '{{prompt}}', such as "
+                f"'Edit first image following the instruction{self.image_token}{{prompt}}'."
+            )
         self._reserved = [present[name] for name in SPECIAL_TOKENS if name != "image_token"]
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.tokenizer.padding_side = "left"
@@ -140,6 +178,14 @@ class TransfusionProcessor(ProcessorMixin):
         """Patches of an image of `height` by `width` latent pixels."""
         return height * width // self.image_processor.patch_size**2
 
+    def edit_prompt(self, prompt: str) -> str:
+        """Lays out the prompt of a drawing that reads a picture, by `edit_template`.
+
+        Args:
+            prompt (`str`): What to do with the picture; one that has `<image>` itself stays as it is.
+        """
+        return prompt if self.image_token in prompt else self.edit_template.replace("{prompt}", prompt)
+
     def tokens_per_image(self) -> int:
         """Tokens that a picture of the default size takes in a sequence, its two delimiters included."""
         crop, stride = self.image_processor.crop_size, self.image_processor.vae_stride
@@ -160,34 +206,53 @@ class TransfusionProcessor(ProcessorMixin):
 
         Args:
             content (`list[dict]`):
-                Parts in order: `{"type": "text", "text": str}` or `{"type": "image", "size": (height, width)}` in
-                latent pixels.
+                Parts in order: `{"type": "text", "text": str}`, `{"type": "image", "size": (height, width)}` in
+                latent pixels, or `{"type": "end_of_turn"}`, which writes `</s>` behind all turns of a conversation
+                but the last. Texts and images may have `is_answer`, True on what the model is to answer; a space
+                between a text and its answer then belongs to the answer, as to the word it stands before.
 
         Returns:
             `dict`: `input_ids` and `labels`. The image-opening token is a target, for the model decides where to draw;
-            the closing one and the patches are not.
+            the closing one and the patches are not. Where a part has `is_answer` also `answer_mask`: 1 on the text of
+            answers, on the image-opening token and the patches of theirs, and on the `</s>` that ends one.
 
         Raises:
             ValueError: If a text spells a special token, an image is no multiple of the patch size, or a part has no
                 known type.
         """
         tokenizer = self.tokenizer
-        input_ids, labels = [tokenizer.bos_token_id], [-100]
-        for part in content:
-            if part["type"] == "text":
-                self._refuse_reserved("`text`", part["text"])
-                if self.image_token in part["text"]:
-                    raise ValueError(f"`text`={part['text']!r} contains the special token {self.image_token!r}.")
-                ids = tokenizer(part["text"], add_special_tokens=False)["input_ids"]
-                input_ids += ids
-                labels += ids
-            elif part["type"] == "image":
-                length = self._count_patches(*part["size"])
-                input_ids += [tokenizer.boi_token_id, *[self.image_token_id] * length, tokenizer.eoi_token_id]
-                labels += [tokenizer.boi_token_id, *[-100] * (length + 1)]
-            else:
-                raise ValueError(f"`type`={part['type']!r} of a document part is not one of 'text', 'image'.")
-        return {"input_ids": [*input_ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
+        input_ids, labels, answer_mask = [tokenizer.bos_token_id], [-100], [0]
+        is_answer = 0
+        if content and content[-1]["type"] == "end_of_turn":
+            content = content[:-1]  # the end of the document is the end of its last turn
+        for part in give_spaces_to_answers(content):
+            ids, targets = self._encode_part(part)
+            if part["type"] != "end_of_turn":
+                is_answer = int(bool(part.get("is_answer")))
+            input_ids += ids
+            labels += targets
+            answer_mask += [is_answer and int(token != tokenizer.eoi_token_id) for token in ids]
+        document = {"input_ids": [*input_ids, tokenizer.eos_token_id], "labels": [*labels, tokenizer.eos_token_id]}
+        if any(part.get("is_answer") is not None for part in content):
+            document["answer_mask"] = [*answer_mask, is_answer]
+        return document
+
+    def _encode_part(self, part: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids of one part of a document, and which of them are targets."""
+        tokenizer = self.tokenizer
+        if part["type"] == "text":
+            self._refuse_reserved("`text`", part["text"])
+            if self.image_token in part["text"]:
+                raise ValueError(f"`text`={part['text']!r} contains the special token {self.image_token!r}.")
+            ids = tokenizer(part["text"], add_special_tokens=False)["input_ids"]
+            return ids, ids
+        if part["type"] == "image":
+            length = self._count_patches(*part["size"])
+            ids = [tokenizer.boi_token_id, *[self.image_token_id] * length, tokenizer.eoi_token_id]
+            return ids, [tokenizer.boi_token_id, *[-100] * (length + 1)]
+        if part["type"] == "end_of_turn":
+            return [tokenizer.eos_token_id], [tokenizer.eos_token_id]
+        raise ValueError(f"`type`={part['type']!r} of a document part is not one of {PART_TYPES}.")
 
     def _count_patches(self, height: int, width: int) -> int:
         """Patches of an image, refusing one that its patches do not fill."""
