@@ -150,11 +150,36 @@ def test_the_streams_of_editing_are_the_document_with_less_and_less_known(make_p
         row[mask.bool()].tolist()
         for row, mask in zip(kwargs["negative_input_ids"][0], kwargs["negative_attention_mask"][0], strict=True)
     ]
-    textless = [eos, *image, opening, unknown, opening]
+    textless = [eos, *image, opening]
     assert rows == [textless, [eos, unknown, opening]]
     assert seen[1][1]["negative_input_ids"].tolist() == [[textless]]
     assert seen[2][0][0].tolist() == [textless] and "negative_input_ids" not in seen[2][1]
     pipe.model.draw_images = draw
+
+
+def test_edits_are_laid_out_by_the_template_with_and_without_their_prompt(make_pipeline, picture):
+    pipe, seen = make_pipeline(), []
+    draw, processor = pipe.model.draw_images, pipe.processor
+    processor.edit_template = "red<image>{prompt}"
+    pipe.model.draw_images = lambda *args, **kwargs: seen.append((args, kwargs)) or draw(*args, **kwargs)
+    for prompt in ("kite", "star<image>kite"):
+        pipe(prompt, image=picture(0), guidance_scale=3.0)
+    pipe.model.draw_images = draw
+    target = {"type": "image", "codes": pipe._read_codes([picture(0)])[0]}
+    red, star, kite = ({"type": "text", "text": text} for text in ("red", "star", "kite"))
+    layouts = ([red, target, kite], [red, target]), ([star, target, kite], [star, target])
+    for ((ids, _), kwargs), layout in zip(seen, layouts, strict=True):
+        negative_ids = kwargs["negative_input_ids"][0, 0][kwargs["negative_attention_mask"][0, 0].bool()]
+        for drawn, parts in zip((ids[0], negative_ids), layout, strict=True):
+            # What training draws a picture behind, its instruction kept or dropped.
+            document = processor.encode_document([*parts, {**target, "is_answer": True}])
+            assert drawn.tolist() == document["input_ids"][: document["answer_mask"].index(1)]
+
+
+@pytest.mark.parametrize(("prompt", "has_image"), [("a<image>b", False), ("<image>a<image>", True)])
+def test_a_prompt_has_a_place_for_each_picture(make_pipeline, picture, prompt, has_image):
+    with pytest.raises(ValueError, match="prompt.*<image>.*`image`"):
+        make_pipeline()(prompt, image=picture() if has_image else None)
 
 
 def test_a_callback_shows_the_picture_as_it_forms(make_pipeline):
@@ -361,6 +386,26 @@ def test_a_caption_is_asked_for_by_the_infill_prompt_and_ends_with_its_span(make
     assert write.prompts[0].tolist() == [[eos, unknown, config.break_token_id, *image, eos, unknown]]
 
 
+def test_a_question_is_asked_as_in_training(make_pipeline, picture):
+    pipe = make_pipeline()
+    write = Write(pipe, " kite", " kite")
+    for question in ("Question: a kite? Answer: ", "Question: a kite? Answer:"):
+        answer = pipe.caption(picture(0), question, logits_processor=LogitsProcessorList([write]))
+        assert answer == ["kite"]
+    content = [
+        {"type": "text", "text": "Question: a kite? Answer: "},
+        {"type": "text", "text": "kite", "is_answer": True},
+        {"type": "image", "codes": pipe._read_codes([picture(0)])[0]},
+    ]
+    document = pipe.processor.encode_document(content)
+    break_id, unknown = pipe.model.config.break_token_id, pipe.model.config.first_sentinel_token_id
+    marks = [mark * (token != break_id) for token, mark in zip(*list(document.values())[::2], strict=True)]
+    first, stop = marks.index(1), len(marks) - marks[::-1].index(1)
+    ids = document["input_ids"]
+    for prompt in write.prompts:
+        assert prompt.tolist() == [[*ids[:first], unknown, *ids[stop:], unknown]]
+
+
 def test_captions_hold_no_break(make_pipeline, picture):
     pipe = make_pipeline()
 
@@ -565,3 +610,48 @@ def test_interleaved_answers_hold_text_and_pictures(make_pipeline, picture):
     assert len(documents) == 2
     assert all(isinstance(part, str) or part.size == (8, 8) for document in documents for part in document)
     assert [sum(not isinstance(part, str) for part in document) for document in documents] == [2, 2]
+
+
+class Say(LogitsProcessor):
+    """Prefers given ids in turn; what the model must not write it does not."""
+
+    def __init__(self, *token_ids):
+        self.token_ids = list(token_ids)
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, self.token_ids.pop(0)] += 1000
+        return scores
+
+
+def test_a_conversation_goes_on_turn_by_turn_with_text_and_pictures(make_pipeline, picture):
+    pipe = make_pipeline(max_position_embeddings=160)
+    tokenizer, config, seen = pipe.processor.tokenizer, pipe.model.config, []
+    generate = pipe.model.generate_interleaved
+    pipe.model.generate_interleaved = lambda **kwargs: seen.append(kwargs["input_ids"]) or generate(**kwargs)
+    opening, end, code = config.break_token_id, config.eos_token_id, config.first_image_token_id
+    words, others = (tokenizer(text)["input_ids"] for text in ("a red star", "kite"))
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "kite"}]}
+    ]
+
+    def answer(*token_ids):
+        say = Say(*token_ids)
+        messages.append(pipe.chat(messages, logits_processor=LogitsProcessorList([say]), generator=seeded(0)))
+        assert not say.token_ids
+        return messages[-1]["content"]
+
+    assert answer(*words, end) == [{"type": "text", "text": "a red star"}]
+    messages += [{"role": "user", "content": "make it blue"}]
+    assert [part["type"] for part in answer(*others, opening, code, end)] == ["text", "image"]
+    # Behind a part a text would be the user's next message: the turn ends there.
+    messages += [{"role": "user", "content": "and now?"}]
+    assert answer(*words, opening, others[0]) == [{"type": "text", "text": "a red star"}]
+    messages += [
+        {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image", "image": picture(1)}]}
+    ]
+    assert answer(opening, *words, opening, others[0]) == [{"type": "text", "text": "a red star"}]
+    for ids, number in zip(seen, (1, 3, 5, 7), strict=True):
+        assert ids.tolist() == pipe.processor.apply_chat_template(messages[:number], tokenize=True)
+    with pytest.raises(ValueError, match="messages.*assistant"):
+        pipe.chat(messages)

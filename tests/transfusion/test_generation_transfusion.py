@@ -184,6 +184,52 @@ def test_a_guided_step_is_one_forward_over_the_image_block_of_both_streams(make_
     hook.remove()
 
 
+def edit_rows(config, lay_out):
+    """Two edits of different lengths, and the same without their instructions, with a word of the task each."""
+    rows = [lay_out(config, BOS, 17, (4, 4), 11, 12), lay_out(config, BOS, (4, 4), 13, 14, 15, 16)]
+    others = [lay_out(config, BOS, 17, (4, 4)), lay_out(config, BOS, (4, 4))]
+    return left_padded(*rows), left_padded(*others)
+
+
+@pytest.mark.parametrize("scales", [(2.5, 1), (1, 1.5), (2.5, 1.5), (3, 3)])
+def test_guided_edits_follow_text_and_picture_each_by_its_scale(make_model, lay_out, scales):
+    model = make_model()
+    (ids, mask), (negative_ids, negative_mask) = edit_rows(model.config, lay_out)
+    pictures, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, HEIGHT, WIDTH)
+    alone = {"num_inference_steps": 1, "guidance_scale": 1, "latents": noise, **DRAWING}
+    full = model.draw_images(ids, mask, pixel_values=pictures, **alone)
+    textless = model.draw_images(negative_ids, negative_mask, pixel_values=pictures, **alone)
+    uncond = model.draw_images(torch.full((2, 1), BOS), **alone)
+    drawn = model.draw_images(
+        ids, mask, pixel_values=pictures, negative_input_ids=negative_ids, negative_attention_mask=negative_mask,
+        **{**alone, "guidance_scale": scales[0], "image_guidance_scale": scales[1]},
+    )  # fmt: skip
+    # One step of DDPM without noise behind it is linear in the prediction.
+    close(drawn, uncond + scales[1] * (textless - uncond) + scales[0] * (full - textless))
+
+
+@pytest.mark.parametrize(("scales", "num_streams"), [((1, 1), 1), ((2.5, 1), 2), ((1, 1.5), 3), ((2.5, 1.5), 3)])
+def test_the_streams_of_an_edit_are_one_forward_and_each_is_read_once(make_model, lay_out, scales, num_streams):
+    model, shapes = make_model(), []
+    (ids, mask), (negative_ids, negative_mask) = edit_rows(model.config, lay_out)
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    model.draw_images(
+        ids, mask, pixel_values=torch.rand(2, 3, 4, 4), negative_input_ids=negative_ids, num_images_per_prompt=3,
+        negative_attention_mask=negative_mask, num_inference_steps=5, guidance_scale=scales[0],
+        image_guidance_scale=scales[1], **DRAWING,
+    )  # fmt: skip
+    hook.remove()
+    read = [(2, ids.shape[1] + 1), (2, negative_ids.shape[1] + 1), (1, 2)][:num_streams]
+    assert shapes == [*read, *[(2 * 3 * num_streams, PATCHES)] * 5]
+
+
+def test_guidance_by_a_picture_needs_one(make_model):
+    with pytest.raises(ValueError, match="image_guidance_scale.*1.5.*image"):
+        make_model().draw_images(torch.tensor([[BOS, 11]]), image_guidance_scale=1.5, **DRAWING)
+
+
 def test_guidance_of_one_is_no_guidance(make_model):
     model = make_model(image_guidance_scale=1)
     ids = torch.tensor([[BOS, 11, 12]])

@@ -118,6 +118,37 @@ def test_a_picture_before_the_prompt_changes_the_drawing(make_pipeline, picture)
     torch.testing.assert_close(batch[0], with_second[0], rtol=1e-3, atol=1e-3 * float(batch.abs().max()))
 
 
+def test_the_streams_of_editing_are_the_template_with_and_without_its_prompt(make_pipeline, picture):
+    pipe, seen = make_pipeline(), []
+    pipe.processor.edit_template = "red<image>{prompt}"
+    draw = pipe.model.draw_images
+    pipe.model.draw_images = lambda **kwargs: seen.append(kwargs) or draw(**kwargs)
+    pipe("kite", image=picture(0), guidance_scale=3.0, image_guidance_scale=1.5, **DRAWING)
+    pipe("star<image>kite", image=picture(0), guidance_scale=1.0, image_guidance_scale=1.5, **DRAWING)
+    pipe("kite", image=picture(0), guidance_scale=1.0, **DRAWING)
+    pipe.model.draw_images = draw
+    processor, image = pipe.processor, {"type": "image", "size": (8, 8)}
+
+    def ids_of(*parts):
+        return [processor.encode_document([{"type": "text", "text": "red"}, image, *parts])["input_ids"][:-1]]
+
+    kite, star = ({"type": "text", "text": text} for text in ("kite", "star"))
+    assert seen[0]["input_ids"].tolist() == ids_of(kite) and seen[0]["negative_input_ids"].tolist() == ids_of()
+    assert (seen[0]["guidance_scale"], seen[0]["image_guidance_scale"]) == (3.0, 1.5)
+    assert seen[1]["input_ids"].tolist() == [processor.encode_document([star, image, kite])["input_ids"][:-1]]
+    assert seen[1]["negative_input_ids"].tolist() == [processor.encode_document([star, image])["input_ids"][:-1]]
+    assert "negative_input_ids" not in seen[2]
+
+
+def test_an_empty_instruction_has_no_text_to_follow(make_pipeline, picture):
+    pipe = make_pipeline()
+    drawn = [
+        pipe("", picture(0), guidance_scale=scale, generator=seeded(0), output_type="latent", **DRAWING).images
+        for scale in (1, 3)
+    ]
+    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3 * float(drawn[0].abs().max()))
+
+
 def test_an_empty_prompt_draws_like_no_guidance_at_all(make_pipeline):
     pipe = make_pipeline()
     drawn = [
@@ -139,6 +170,7 @@ def test_an_empty_prompt_draws_like_no_guidance_at_all(make_pipeline):
         ({"height": 0}, "height.*0"),
         ({"width": 0}, "width.*0"),
         ({"guidance_scale": 0.3}, "guidance_scale.*0.3"),
+        ({"image_guidance_scale": 2.0}, "image_guidance_scale.*2.0.*image"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"output_type": "jpeg"}, "output_type.*jpeg"),
@@ -183,6 +215,19 @@ def test_captions_describe_each_picture(make_pipeline, picture):
     assert len(pipe.caption(picture(0), prompt="a red", num_beams=2, num_return_sequences=2, max_new_tokens=3)) == 2
 
 
+def test_a_question_is_asked_as_in_training(make_pipeline, picture):
+    pipe, prompts = make_pipeline(), []
+    encode = pipe._encode
+    pipe._encode = lambda *args: prompts.append(encode(*args)["input_ids"]) or encode(*args)
+    for question in ("Question: a kite? Answer: ", "Question: a kite? Answer:"):
+        assert len(pipe.caption(picture(0), question, max_new_tokens=2)) == 1
+    parts = [{"type": "image", "size": (8, 8)}, {"type": "text", "text": "Question: a kite? Answer: "}]
+    answer = {"type": "text", "text": "red", "is_answer": True}
+    document = pipe.processor.encode_document([*parts, answer])
+    for (ids,) in prompts:
+        assert ids.tolist() == document["input_ids"][: len(ids)] and document["answer_mask"].index(1) == len(ids)
+
+
 def test_captions_end_with_the_context(make_pipeline, picture):
     pipe = make_pipeline(text_config={"max_position_embeddings": 24})
     lengths = []
@@ -219,3 +264,51 @@ def test_interleaved_answers_hold_text_and_pictures(make_pipeline, picture):
     assert len(documents) == 2
     assert all(isinstance(part, str) or part.size == (6, 4) for document in documents for part in document)
     assert [sum(not isinstance(part, str) for part in document) for document in documents] == [2, 2]
+
+
+class Write(LogitsProcessor):
+    """Writes given ids, those of pictures left out, whatever the model would say."""
+
+    def __init__(self, *token_ids):
+        self.token_ids = list(token_ids)
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.token_ids.pop(0)] = 0
+        return forced
+
+
+def test_a_conversation_goes_on_turn_by_turn_with_text_and_pictures(make_pipeline, picture):
+    pipe = make_pipeline(text_config={"max_position_embeddings": 128})
+    tokenizer, seen = pipe.processor.tokenizer, []
+    generate = pipe.model.generate_interleaved
+    pipe.model.generate_interleaved = lambda **kwargs: seen.append(kwargs["input_ids"]) or generate(**kwargs)
+    boi, eos = tokenizer.boi_token_id, tokenizer.eos_token_id
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "kite"}]}
+    ]
+    write = Write(*tokenizer(" a red star")["input_ids"], eos)
+    messages += [pipe.chat(messages, logits_processor=LogitsProcessorList([write]))]
+    assert messages[1] == {"role": "assistant", "content": [{"type": "text", "text": "a red star"}]}
+    assert not write.token_ids
+    messages += [{"role": "user", "content": "make it blue"}]
+    drawing = {"num_inference_steps": 2, "generator": seeded(0)}
+    write = Write(boi, *tokenizer("kite")["input_ids"], eos)
+    messages += [pipe.chat(messages, logits_processor=LogitsProcessorList([write]), **drawing)]
+    assert [part["type"] for part in messages[3]["content"]] == ["image", "text"]
+    assert messages[3]["content"][0]["image"].size == (8, 8)
+    messages += [{"role": "user", "content": "why?"}]
+    pipe.chat(messages, max_new_tokens=2)
+    for ids, number in zip(seen, (1, 3, 5), strict=True):
+        assert ids.tolist() == pipe.processor.apply_chat_template(messages[:number], tokenize=True)
+    with pytest.raises(ValueError, match="messages.*assistant"):
+        pipe.chat(messages[:2])
+
+
+def test_an_answer_draws_no_more_pictures_than_allowed(make_pipeline):
+    pipe = make_pipeline()
+    opening = LogitsProcessorList([OpenEveryOther(pipe.model.config.boi_token_id)])
+    answer = pipe.chat(
+        [{"role": "user", "content": "kite"}], max_images=2, max_new_tokens=3, logits_processor=opening, **DRAWING
+    )
+    assert sum(part["type"] == "image" for part in answer["content"]) == 2

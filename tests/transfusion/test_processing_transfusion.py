@@ -5,7 +5,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from hf_mm.data.tasks import conversation_parts
 from hf_mm.transfusion import TransfusionImageProcessor, TransfusionProcessor
+from hf_mm.transfusion.conversation_transfusion import conversation_content
 
 
 @pytest.fixture
@@ -206,16 +208,18 @@ def test_the_processor_survives_saving(processor, picture, tmp_path):
         assert again.tokenizer.boi_token_id == processor.tokenizer.boi_token_id
 
 
-def test_the_chat_template_puts_pictures_where_they_stand(processor, picture, tokenizer):
+def test_the_chat_template_shows_a_conversation_as_a_string(processor, picture):
     messages = [
-        {"role": "user", "content": [{"type": "text", "text": "what is"}, {"type": "image"}]},
+        {"role": "user", "content": [text("what is"), {"type": "image"}]},
         {"role": "assistant", "content": "a kite"},
+        {"role": "user", "content": "why?"},
     ]
-    assert processor.apply_chat_template(messages, tokenize=False) == "what is<image>\na kite"
-    out = processor(
-        text=processor.apply_chat_template(messages, tokenize=False), images=picture(), return_tensors="pt"
-    )
-    assert out["input_ids"][0].tolist().count(tokenizer.image_token_id) == 16
+    assert processor.apply_chat_template(messages, tokenize=False) == "what is<image>a kite</s>why?"
+    first = processor.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    messages[0]["content"][1]["image"] = picture()
+    assert first == "what is<image>"
+    ids = processor.apply_chat_template(messages[:1], tokenize=True)
+    assert list(processor(text=first, images=picture())["input_ids"][0]) == ids[0]
 
 
 def test_pictures_come_back_in_every_form(processor):
@@ -245,3 +249,127 @@ def test_a_text_models_tokenizer_adds_no_second_beginning(tokenizer):
     processor = TransfusionProcessor(TransfusionImageProcessor(), tokenizer)
     prompt = processor(text=["a star"])["input_ids"][0]
     assert list(prompt) == processor.encode_document([{"type": "text", "text": "a star"}])["input_ids"][:-1]
+
+
+def conversation_ids(processor, messages):
+    content = conversation_content(messages)
+    for part in content:
+        if part["type"] == "image":
+            del part["image"]
+            part["size"] = (8, 8)
+    return processor.encode_document(content)
+
+
+CONVERSATIONS = {
+    "a question": [("user", ["PICTURE", "what is it? "]), ("assistant", [" kite"])],
+    "a text alone": [("system", ["be brief. "]), ("user", ["an orange"]), ("assistant", ["kite"])],
+    "an edit": [("user", ["PICTURE", "make it red "]), ("assistant", ["PICTURE"])],
+    "a picture last": [("user", ["what is it?", "PICTURE"]), ("assistant", ["an orange kite"])],
+    "several turns": [
+        ("user", ["PICTURE", "make it red"]),
+        ("assistant", ["PICTURE", "done"]),
+        ("user", ["an orange"]),
+        ("assistant", ["kite"]),
+        ("user", ["a whit", "PICTURE"]),
+        ("assistant", ["e star"]),
+    ],
+}
+
+
+@pytest.fixture(params=list(CONVERSATIONS))
+def messages(request, picture):
+    def part(number, value):
+        return {"type": "image", "image": picture(number)} if value == "PICTURE" else text(value)
+
+    return [
+        {"role": role, "content": [part(number + 10 * turn, value) for number, value in enumerate(values)]}
+        for turn, (role, values) in enumerate(CONVERSATIONS[request.param])
+    ]
+
+
+def test_a_conversation_has_the_ids_of_its_training_document_up_to_the_answer(processor, messages):
+    document = conversation_ids(processor, messages)
+    (whole,) = processor.apply_chat_template(messages, tokenize=True)
+    assert whole == document["input_ids"]
+    out = processor.apply_chat_template(
+        messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    (asked,) = out["input_ids"].tolist()
+    assert asked == whole[: len(asked)]
+    num_answers = sum(document["answer_mask"][len(asked) :])
+    assert num_answers >= len(whole) - len(asked) - 2 and not document["answer_mask"][len(asked) - 1]
+    pictures = [part["image"] for message in messages[:-1] for part in message["content"] if "image" in part]
+    assert ("pixel_values" in out) == bool(pictures)
+    if pictures:
+        expected = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        assert torch.equal(out["pixel_values"], expected)
+
+
+def test_what_the_assistant_says_is_marked(processor, messages):
+    out = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    assert out["assistant_masks"] == [conversation_ids(processor, messages)["answer_mask"]]
+
+
+def test_training_reads_conversations_as_the_processor_does(messages):
+    assert conversation_content(messages) == conversation_parts(messages)
+
+
+def test_an_answer_may_be_left_open(processor):
+    messages = [{"role": "user", "content": "an orange"}, {"role": "assistant", "content": "kite"}]
+    closed, left = (
+        processor.apply_chat_template(messages, tokenize=True, continue_final_message=is_open)[0]
+        for is_open in (False, True)
+    )
+    assert left == closed[:-1]
+
+
+def test_conversations_are_padded_on_the_left(processor, picture):
+    asked = [{"role": "user", "content": [{"type": "image", "image": picture(3)}, text("a red star")]}]
+    short = [{"role": "user", "content": "kite"}]
+    out = processor.apply_chat_template([short, asked], tokenize=True, return_dict=True, return_tensors="pt")
+    assert len(out["pixel_values"]) == 1 and out["attention_mask"][1].all()
+    kept = out["input_ids"][0][out["attention_mask"][0].bool()].tolist()
+    assert kept == list(processor(text="kite")["input_ids"][0]) == out["input_ids"][0, -len(kept) :].tolist()
+
+
+def test_pictures_of_messages_may_be_files(processor, picture, tmp_path):
+    picture(3).save(tmp_path / "star.png")
+    by_path, given = (
+        processor.apply_chat_template(
+            [{"role": "user", "content": [part]}], tokenize=True, return_dict=True, return_tensors="pt"
+        )["pixel_values"]
+        for part in ({"type": "image", "path": str(tmp_path / "star.png")}, {"type": "image", "image": picture(3)})
+    )
+    assert torch.equal(by_path, given)
+
+
+@pytest.mark.parametrize(
+    ("messages", "match"),
+    [
+        ([], "no message"),
+        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "Message 1.*role.*'tool'"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "Message 0, part 0.*'audio'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "Message 0, part 0.*image"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "Message 0, part 0.*text"),
+        ([{"role": "user", "content": None}], "Message 0.*content.*None"),
+        ([{"role": "user", "content": "a </s> b"}], "text.*</s>"),
+        ([{"role": "user", "content": "a <image> b"}], "text.*<image>"),
+    ],
+)
+def test_conversations_that_do_not_fit_are_refused(processor, messages, match):
+    with pytest.raises(ValueError, match=match):
+        processor.apply_chat_template(messages, tokenize=True)
+
+
+def test_another_chat_template_is_rendered_and_tokenized_by_the_library(processor):
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+    messages = [{"role": "user", "content": "kite"}]
+    ids = processor.apply_chat_template(messages, template, tokenize=True)
+    assert ids[0] == processor(text="user: kite")["input_ids"][0]
+
+
+def test_the_layout_without_an_instruction_keeps_the_words_of_the_task(processor):
+    assert processor.textless_prompt("a star") == "<image>"
+    assert processor.textless_prompt("depth<image>a star") == "depth<image>"
+    processor.edit_template = "Edit<image>now {prompt}"
+    assert processor.textless_prompt("a star") == "Edit<image>now "

@@ -217,6 +217,34 @@ class ImageSpanLogitsProcessor(LogitsProcessor):
         return streams.masked_fill(~allowed, -torch.inf).flatten(0, 1)
 
 
+class EndTurnLogitsProcessor(LogitsProcessor):
+    """Ends an answer where another text would begin: behind `<break>` there is a picture or the end.
+
+    Which of them is decided by what all codes, and all that is no code, weigh together.
+
+    Args:
+        span ([`ImageSpan`]): Ids of images, and what opens them.
+        end_token_id (`int`): What ends an answer.
+        first (`int`): Longest sequence that a text may still follow, such as the picture that ends a prompt.
+    """
+
+    def __init__(self, span: ImageSpan, end_token_id: int, first: int) -> None:
+        self.span, self.end_token_id, self.first = span, end_token_id, first
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Forbids text in `scores` of shape `(batch_size, vocab_size)` where a part has been opened."""
+        if input_ids.shape[1] <= self.first:
+            return scores
+        vocabulary = torch.arange(scores.shape[-1], device=scores.device)
+        is_code, is_end = self.span.is_code(vocabulary), vocabulary == self.end_token_id
+        weights = [scores.masked_fill(~kind, -torch.inf).logsumexp(-1) for kind in (is_code, ~is_code)]
+        draws = (weights[0] > weights[1])[:, None]
+        opened = is_one_of(input_ids[:, -1], self.span.opening_token_ids)[:, None]
+        scores = scores.masked_fill(opened & ~is_end & ~(is_code & draws), -torch.inf)
+        # The only one left; it may have been forbidden, or out of reach, by itself.
+        return torch.where(opened & is_end & ~draws, torch.zeros_like(scores), scores)
+
+
 class ForbidTokensLogitsProcessor(LogitsProcessor):
     """Forbids ranges of ids, but for some exceptions.
 
@@ -505,6 +533,7 @@ __all__ = [
     "CodeSampling",
     "CodesLogitsProcessor",
     "DrawTokenLogitsProcessor",
+    "EndTurnLogitsProcessor",
     "FoldStreamsLogitsProcessor",
     "ForbidTokensLogitsProcessor",
     "GivenTokensLogitsProcessor",

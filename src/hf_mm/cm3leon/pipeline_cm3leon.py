@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
 from .infilling_cm3leon import InfillingMixin
-from .logits_cm3leon import CodeSampling
+from .logits_cm3leon import CodeSampling, EndTurnLogitsProcessor
 from .retrieval_cm3leon import DocumentRetriever, RetrievalMixin
 
 
@@ -109,6 +109,12 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             raise ValueError(
                 f"`image` has {len(image)} entries and `prompt` {len(prompt)}; give one image per prompt."
             )
+        token = self.processor.image_token
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            if (count := text.count(token)) > (image is not None):
+                raise ValueError(
+                    f"`prompt`={text!r} has {count} {token!r}, places of pictures; `image` gives one to a prompt."
+                )
         self._check_size(height, width)
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
@@ -177,8 +183,10 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         """Draws pictures from prompts.
 
         Args:
-            prompt (`str` or `list[str]`): What to draw; an empty one leaves it to the model.
-            image (`PIL.Image.Image` or a list of one per prompt, *optional*): A picture to read before the prompt.
+            prompt (`str` or `list[str]`): What to draw, or to do with `image`; an empty one leaves it to the model.
+            image (`PIL.Image.Image` or a list of one per prompt, *optional*):
+                A picture to read. It stands where the processor's `edit_template` puts it, or where the prompt itself
+                has `<image>`: `"Make high quality image from canny edge features<image>a red star"`.
             height (`int`, *optional*): Pixels; the model draws one size only.
             width (`int`, *optional*): Likewise.
             guidance_scale (`float`, *optional*): Defaults to the model's `image_guidance_scale`; 1 is off.
@@ -188,7 +196,9 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             num_candidates (`int`, *optional*):
                 Pictures drawn from each prompt, of which the reranker keeps the best `num_images_per_prompt`, best
                 first.
-            image_guidance_scale (`float`, defaults to 1.0): How closely to follow `image`; 1 is off.
+            image_guidance_scale (`float`, defaults to 1.0):
+                How closely to follow `image`; 1 is off. With a picture `guidance_scale` leads away from the same
+                prompt without its instruction, whose words of the task stay.
             do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.
             temperature (`float`, *optional*): Divides the scores. Defaults to the model's `image_temperature`.
             top_k (`int`, *optional*): Draws from that many best codes only.
@@ -281,7 +291,12 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
     def _lay_out_prompts(
         self, prompts: list[str], images: list[Image.Image] | None, sampling: CodeSampling
     ) -> tuple[list[list[int]], list[list[list[int]]] | None]:
-        """Ids of each prompt, and of the other streams where pictures come before the prompts."""
+        """Ids of each prompt, and of the other streams where there are pictures to read.
+
+        Those are the unconditional one, and that of guidance by the text: the same layout without the instruction,
+        `<eos> TASK <break> IMG <break>`, as training with dropped instructions has it. A part that is empty takes its
+        `<break>` along, so none is doubled, and an empty prompt is drawn from that layout itself.
+        """
         opening = self.processor.tokenizer.break_token_id
         unconditional = self.processor.unconditional_prompt()
         if images is None:
@@ -292,13 +307,16 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             return [row if text else unconditional for text, row in zip(prompts, rows, strict=True)], None
         rows, others = [], []
         for text, codes in zip(prompts, self._read_codes(images), strict=True):
-            picture, unknown = {"type": "image", "codes": codes}, {"type": "mask"}
-            # Without what asks for the answer: the end of the document, and the sentinel behind it.
-            textless = [*self.processor.infill_prompt([picture, unknown])["input_ids"][:-2], opening]
-            known = self.processor.encode_document([picture, {"type": "text", "text": text}])["input_ids"][:-1]
-            rows.append([*known, opening] if text else textless)
+            textless = self._lay_out_edit(self.processor.textless_prompt(text), codes)
+            rows.append(self._lay_out_edit(self.processor.edit_prompt(text), codes))
             others.append([textless, unconditional][: len(sampling.scales)])
         return rows, others
+
+    def _lay_out_edit(self, prompt: str, codes: list[int]) -> list[int]:
+        """Ids of a prompt that has a place for a picture, up to where the model draws."""
+        before, behind = prompt.split(self.processor.image_token)
+        parts = [{"type": "text", "text": before}, {"type": "image", "codes": codes}, {"type": "text", "text": behind}]
+        return [*self.processor.encode_document(parts)["input_ids"][:-1], self.processor.tokenizer.break_token_id]
 
     def _read_codes(self, images: list[Image.Image]) -> list[list[int]]:
         """Codes of pictures, from 0."""
@@ -404,7 +422,8 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
-            prompt (`str`, defaults to `""`): How the text begins, or a question.
+            prompt (`str`, defaults to `""`): How the text begins, or a question: `"Question: what is it? Answer:"`.
+                What a template has behind the answer is left out; `infill_caption` takes it.
             max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
             generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
 
@@ -414,6 +433,8 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         Source: CM3Leon (arXiv 2309.02591), section 3.3 and figure 9.
         """
         images = image if isinstance(image, list) else [image]
+        # The space in front of an answer belongs to its first word, as in training.
+        prompt = prompt.rstrip(" ")
         beginning = [*([{"type": "text", "text": prompt}] if prompt else []), {"type": "mask"}]
         rows = [
             self.processor.infill_prompt([*beginning, {"type": "image", "codes": codes}])["input_ids"]
@@ -472,6 +493,70 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             **generate_kwargs,
         )
         return [[part for part in map(self._show_part, parts) if part != ""] for parts in documents]
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        max_images: int = 1,
+        max_new_tokens: int = 256,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        sampling: dict[str, Any] | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
+        """Answers a conversation with text, a picture or both, as the model decides, to the end of its turn.
+
+        A turn ends with the document, or where a text would follow another part, which is the user's next message.
+
+        Args:
+            messages (`list[dict]`):
+                The turns so far, each with `role` (`"user"`, `"assistant"` or `"system"`) and `content`: a text, or
+                parts `{"type": "text", "text": str}` and `{"type": "image", "image": PIL.Image.Image}`.
+            max_images (`int`, defaults to 1): Pictures in the answer at most.
+            max_new_tokens (`int`, defaults to 256): Text tokens at most, as far as the context has room.
+            guidance_scale (`float`, *optional*): As in drawing; leads away from the unconditional prompt.
+            generator (`torch.Generator`, *optional*): As in drawing.
+            sampling (`dict`, *optional*): Further fields of `CodeSampling`, for pictures.
+            generate_kwargs: Any of the library's `generate`, for the text.
+
+        Returns:
+            `dict`: the assistant's message, to append to `messages`.
+
+        Raises:
+            ValueError: If a message does not fit, the last one is the assistant's, or there is no room for an answer.
+
+        Example:
+            >>> messages = [{"role": "user", "content": [{"type": "image", "image": star}]}]  # doctest: +SKIP
+            >>> messages += [{"role": "user", "content": "make the star blue"}]  # doctest: +SKIP
+            >>> messages += [pipe.chat(messages)]  # doctest: +SKIP
+
+        """
+        if messages and messages[-1].get("role") == "assistant":
+            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
+        inputs = self.processor.encode_conversations([messages], return_tensors="pt")
+        inputs.pop("assistant_masks")
+        ids = inputs["input_ids"]
+        config, given = self.model.config, generate_kwargs.pop("logits_processor", [])
+        ends_in_picture = int(ids[0, -1]) == config.image_token_id
+        end_of_turn = EndTurnLogitsProcessor(
+            self.model.image_span, config.eos_token_id, ids.shape[1] + int(ends_in_picture)
+        )
+        (parts,) = self.model.generate_interleaved(
+            **inputs.to(self._execution_device),
+            logits_processor=LogitsProcessorList([*given, end_of_turn]),
+            max_images=max_images,
+            max_new_tokens=max_new_tokens,
+            draw_kwargs={"sampling": self._sampling(guidance_scale, **(sampling or {})), "generator": generator},
+            **generate_kwargs,
+        )
+        shown = [part.strip() if isinstance(part, str) else part for part in map(self._show_part, parts)]
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+            for part in shown
+            if part != ""
+        ]
+        return {"role": "assistant", "content": content}
 
     def _show_part(self, part: torch.Tensor) -> str | Image.Image:
         """Turns one part of an interleaved document into a string or a picture."""

@@ -16,26 +16,16 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration_cm3leon import CODE_TOKEN, SENTINEL_TOKEN, token_range
+from .conversation_cm3leon import CHAT_TEMPLATE, ConversationMixin
 from .image_processing_cm3leon import CM3LeonImageProcessor
 
 
 # Added where a text tokenizer lacks them.
 EXTRA_TOKENS = {"break_token": "<break>", "eoss_token": "<eoss>", "image_token": "<image>"}
 REQUIRED_TOKENS = ("eos_token", "pad_token", *EXTRA_TOKENS)
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}" + "{{ image_token }}" + "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if not loop.last %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
-)
 
 
 def extend_tokenizer(
@@ -78,6 +68,8 @@ def extend_tokenizer(
 def give_spaces_to_answers(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Moves the space between a text and its answer to the answer, whose first word it belongs to.
 
+    In front of a picture that is an answer it is left out, so that a prompt never ends in a space.
+
     Args:
         content (`list[dict]`): Parts of a document; texts may have `is_answer`.
 
@@ -92,22 +84,21 @@ def give_spaces_to_answers(content: list[dict[str, Any]]) -> list[dict[str, Any]
     """
     parts = list(content)
     for index, (part, follower) in enumerate(pairwise(content)):
-        is_text = part["type"] == follower["type"] == "text"
-        if is_text and follower.get("is_answer") and not part.get("is_answer"):
-            text = parts[index]["text"].rstrip(" ")
-            spaces = parts[index]["text"][len(text) :]
+        if part["type"] == "text" and follower.get("is_answer") and not part.get("is_answer"):
+            text = part["text"].rstrip(" ")
             parts[index] = {**part, "text": text}
-            parts[index + 1] = {**follower, "text": spaces + follower["text"]}
+            if follower["type"] == "text":
+                parts[index + 1] = {**follower, "text": part["text"][len(text) :] + follower["text"]}
     return parts
 
 
-class CM3LeonProcessor(ProcessorMixin):
+class CM3LeonProcessor(ConversationMixin):
     """Prepares inputs of [`CM3LeonForConditionalGeneration`] and reads its outputs.
 
     Args:
         image_processor ([`CM3LeonImageProcessor`]): Knows the picture size and the grid of codes.
         tokenizer (`PreTrainedTokenizerFast`): From `extend_tokenizer`.
-        chat_template (`str`, *optional*): Defaults to the turns one below the other, images where they stand.
+        chat_template (`str`, *optional*): Of conversations; the default lays them out as training does.
         edit_template (`str`, *optional*):
             How a pipeline lays out the prompt of a drawing that reads a picture, a text with `<image>` and `{prompt}`,
             such as `"Edit first image following the instruction<image>{prompt}"`. Defaults to `"<image>{prompt}"`.
@@ -251,6 +242,16 @@ class CM3LeonProcessor(ProcessorMixin):
             prompt (`str`): What to do with the picture; one that has `<image>` itself stays as it is.
         """
         return prompt if self.image_token in prompt else self.edit_template.replace("{prompt}", prompt)
+
+    def textless_prompt(self, prompt: str) -> str:
+        """Lays out the same drawing without its instruction, for guidance; the words of the task stay.
+
+        Args:
+            prompt (`str`): As for `edit_prompt`. One that has `<image>` itself is cut behind it.
+        """
+        if self.image_token not in prompt:
+            return self.edit_prompt("")
+        return prompt[: prompt.rindex(self.image_token)] + self.image_token
 
     def tokens_per_image(self) -> int:
         """Tokens that a picture takes in a document, its `<break>` included."""

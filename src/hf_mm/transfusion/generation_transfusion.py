@@ -8,7 +8,8 @@ token. It knows ids, latents and schedulers, not strings or pictures.
 
 import copy
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,24 +26,46 @@ from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler,
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def join_caches(first: DynamicCache, second: DynamicCache) -> DynamicCache:
-    """Stacks the rows of two caches, padding the shorter one on the left.
+def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
+    """Stacks the rows of caches, padding the shorter ones on the left.
 
     Args:
-        first (`DynamicCache`): Keys and values of `(rows, heads, length, head_dim)` per layer.
-        second (`DynamicCache`): The same heads, any length.
+        caches (`list[DynamicCache]`): Keys and values of `(rows, heads, length, head_dim)` per layer, any length each.
 
     Returns:
-        `DynamicCache`: a new cache; both arguments stay as they are.
+        `DynamicCache`: a new cache; those given stay as they are.
     """
-    joined = []
-    length = max(first.get_seq_length(), second.get_seq_length())
-    for upper, lower in zip(first.layers, second.layers, strict=True):
-        pairs = (upper.keys, lower.keys), (upper.values, lower.values)
-        joined.append(
-            tuple(torch.cat([F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in pair]) for pair in pairs)
-        )
-    return DynamicCache(joined)
+    length = max(cache.get_seq_length() for cache in caches)
+
+    def stack(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts])
+
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return DynamicCache(
+        [(stack([one.keys for one in layer]), stack([one.values for one in layer])) for layer in layers]
+    )
+
+
+def fold_streams(predictions: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
+    """Guides away from what is predicted with less known: `p0 + sum of (scale_i - 1) * (p_i - p_(i+1))`.
+
+    With an unconditional stream alone that is `u + s (c - u)`; with a stream `i` that has the picture but not the text
+    it is `u + s_I (i - u) + s_T (c - i)`, of `scales=(s_T, s_I)`.
+
+    Args:
+        predictions (`list[torch.Tensor]`): Of the streams, from the one with all known to the one with least.
+        scales (`list[float]`): Between each two; 1 is off.
+
+    Returns:
+        `torch.Tensor`: of the shape of each.
+
+    Source: CM3Leon (arXiv 2309.02591), section 4.2, takes the form with two scales from InstructPix2Pix. Differs:
+    Transfusion edits without guidance of the picture.
+    """
+    folded = predictions[0]
+    for scale, upper, lower in zip(scales, predictions, predictions[1:], strict=False):
+        folded = folded + (scale - 1) * (upper - lower)
+    return folded
 
 
 class ImageBlockLayer(DynamicLayer):
@@ -251,6 +274,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         *,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
+        negative_input_ids: torch.LongTensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
         num_images_per_prompt: int = 1,
         **draw_kwargs: Any,
     ) -> torch.Tensor:
@@ -262,9 +287,13 @@ class TransfusionGenerationMixin(GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 on padding.
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*): Images to read.
             image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*): Their sizes in latent pixels.
+            negative_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):
+                The same prompts without their instruction, with the same images, padded on the left: the stream that
+                guidance by the text leads away from. Without them that is the unconditional one.
+            negative_attention_mask (`torch.Tensor` of the same shape, *optional*): 0 on their padding.
             num_images_per_prompt (`int`, defaults to 1): Images drawn from each prompt, sharing its prefix.
-            draw_kwargs: `height`, `width`, `num_inference_steps`, `guidance_scale`, `scheduler`, `generator`,
-                `latents`, `callback`, `should_stop`: see `denoise`.
+            draw_kwargs: `height`, `width`, `num_inference_steps`, `guidance_scale`, `image_guidance_scale`,
+                `scheduler`, `generator`, `latents`, `callback`, `should_stop`: see `denoise`.
 
         Returns:
             `torch.FloatTensor` of shape `(batch_size * num_images_per_prompt, channels, height, width)`: latents.
@@ -274,6 +303,22 @@ class TransfusionGenerationMixin(GenerationMixin):
         """
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt`={num_images_per_prompt} must be at least 1.")
+        images = {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        prefix = self._read_prompts(input_ids, attention_mask, num_images_per_prompt, **images)
+        scales = self._text_scale(draw_kwargs.get("guidance_scale")), draw_kwargs.get("image_guidance_scale", 1.0)
+        if negative_input_ids is None or scales == (1, 1):
+            return self.denoise(*prefix, **draw_kwargs)
+        textless = self._read_prompts(negative_input_ids, negative_attention_mask, num_images_per_prompt, **images)
+        return self.denoise(*prefix, textless=textless, **draw_kwargs)
+
+    def _text_scale(self, guidance_scale: float | None) -> float:
+        """Guidance asked for, or the model's."""
+        return self.config.image_guidance_scale if guidance_scale is None else guidance_scale
+
+    def _read_prompts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_images_per_prompt: int, **images: Any
+    ) -> tuple[DynamicCache, torch.Tensor]:
+        """Reads prompts up to the image-opening token and repeats them for each image."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         is_open = input_ids[:, -1] == self.config.boi_token_id
@@ -284,11 +329,11 @@ class TransfusionGenerationMixin(GenerationMixin):
         if not bool(is_open.all()):
             input_ids = F.pad(input_ids, (0, 1), value=self.config.boi_token_id)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        cache = self._read(input_ids, attention_mask, pixel_values=pixel_values, image_sizes=image_sizes)
+        cache = self._read(input_ids, attention_mask, **images)
         if num_images_per_prompt > 1:
             cache.batch_repeat_interleave(num_images_per_prompt)
             attention_mask = attention_mask.repeat_interleave(num_images_per_prompt, 0)
-        return self.denoise(cache, attention_mask, **draw_kwargs)
+        return cache, attention_mask
 
     def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **images: Any) -> DynamicCache:
         """Reads a prefix into a new cache."""
@@ -313,6 +358,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        image_guidance_scale: float = 1.0,
+        textless: tuple[DynamicCache, torch.Tensor] | None = None,
         scheduler: SchedulerMixin | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -322,6 +369,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         """Denoises one image per row of a cached prefix; the cache is left as it was.
 
         Guidance adds one unconditional row, `<bos> <boi>`, per image to the same batch, so that a step is one forward.
+        With `textless` the text is followed by leading away from that, and the unconditional row is there only for
+        `image_guidance_scale`.
 
         Args:
             past_key_values (`DynamicCache`): The prefix, ending in the image-opening token.
@@ -330,6 +379,10 @@ class TransfusionGenerationMixin(GenerationMixin):
             width (`int`, *optional*): Likewise.
             num_inference_steps (`int`, *optional*): Defaults to `config.num_inference_steps`.
             guidance_scale (`float`, *optional*): Defaults to `config.image_guidance_scale`; 1 is off.
+            image_guidance_scale (`float`, defaults to 1.0):
+                How closely to follow the images of the prefix; 1 is off, another needs `textless`.
+            textless (`tuple[DynamicCache, torch.Tensor]`, *optional*):
+                The prefixes with their images but without their instruction, and their mask.
             scheduler (`SchedulerMixin`, *optional*): Defaults to the one that fits the prediction type.
             generator (`torch.Generator` or a list of one per row, *optional*): Source of the noise.
             latents (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`, *optional*): Initial noise.
@@ -345,12 +398,12 @@ class TransfusionGenerationMixin(GenerationMixin):
         Source: Transfusion, section 3 (inference). Differs: the unconditional prompt is ours; `<bos> <boi>` is what
         training with dropped captions shows.
         """
-        scale = self.config.image_guidance_scale if guidance_scale is None else guidance_scale
+        scales = self._text_scale(guidance_scale), image_guidance_scale
         num_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         scheduler = self.default_scheduler() if scheduler is None else copy.deepcopy(scheduler)
         check_scheduler(scheduler, self.config)
         shape = self._latent_shape(len(attention_mask), height, width)
-        self._check_drawing(scale, num_steps, scheduler, latents, shape, generator)
+        self._check_drawing(scales, textless is not None, num_steps, scheduler, latents, shape, generator)
         device = attention_mask.device
         set_timesteps(scheduler, num_steps, device)
         is_flow = self.config.prediction_type == "flow_prediction"
@@ -361,20 +414,16 @@ class TransfusionGenerationMixin(GenerationMixin):
         if "generator" in inspect.signature(scheduler.step).parameters:  # those that draw no noise do not take it
             scheduler_step = partial(scheduler.step, generator=generator)
 
-        cache, prefix_mask = past_key_values, attention_mask
-        if scale > 1:
-            cache, prefix_mask = self._join_unconditional(cache, prefix_mask)
+        num_streams, cache, prefix_mask = self._join_streams(past_key_values, attention_mask, textless, scales)
         num_patches = shape[2] * shape[3] // self.config.patch_size**2
         block_cache = Cache([ImageBlockLayer(layer.keys, layer.values, num_patches) for layer in cache.layers])
         mask, position_ids = self.image_mask(prefix_mask, block_cache, num_patches)
         for step, timestep in enumerate(scheduler.timesteps):
             inputs = latents if is_flow else scheduler.scale_model_input(latents, timestep)
-            inputs = torch.cat([inputs, inputs]) if scale > 1 else inputs
+            inputs = torch.cat([inputs] * num_streams)
             times = timestep.expand(len(inputs))
-            prediction = self.predict_noise(inputs, times, block_cache, mask, position_ids).float()
-            if scale > 1:
-                cond, uncond = prediction.chunk(2)
-                prediction = torch.lerp(uncond, cond, scale)
+            predictions = self.predict_noise(inputs, times, block_cache, mask, position_ids).float()
+            prediction = fold_streams(predictions.chunk(num_streams), scales)
             latents = scheduler_step(prediction, timestep, latents, return_dict=False)[0]
             if callback is not None:
                 latents = callback(step, timestep, latents)
@@ -396,7 +445,8 @@ class TransfusionGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _check_drawing(
-        scale: float,
+        scales: tuple[float, float],
+        has_textless: bool,
         num_steps: int,
         scheduler: SchedulerMixin,
         latents: torch.Tensor | None,
@@ -404,8 +454,11 @@ class TransfusionGenerationMixin(GenerationMixin):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> None:
         """Refuses arguments of a drawing that are out of range, before any work."""
-        if scale < 1:
-            raise ValueError(f"`guidance_scale`={scale} is below 1. Use 1 to switch guidance off.")
+        for name, scale in zip(("guidance_scale", "image_guidance_scale"), scales, strict=True):
+            if not 1 <= scale < math.inf:
+                raise ValueError(f"`{name}`={scale} is below 1 or not finite. Use 1 to switch guidance off.")
+        if scales[1] != 1 and not has_textless:
+            raise ValueError(f"`image_guidance_scale`={scales[1]} needs an image to follow, and prompts without text.")
         limit = scheduler.config.num_train_timesteps
         if not 1 <= num_steps <= limit:
             raise ValueError(f"`num_inference_steps`={num_steps} must lie between 1 and {limit}.")
@@ -416,17 +469,30 @@ class TransfusionGenerationMixin(GenerationMixin):
                 f"`generator` is a list of {len(generator)}; this drawing needs one for each of {shape[0]}."
             )
 
-    def _join_unconditional(self, cache: DynamicCache, prefix_mask: torch.Tensor) -> tuple[DynamicCache, torch.Tensor]:
-        """Adds to each row its unconditional twin, whose two tokens are read once for all."""
-        rows = len(prefix_mask)
-        prompt = torch.tensor(
-            [[self.config.text_config.bos_token_id, self.config.boi_token_id]], device=prefix_mask.device
-        )
-        uncond = self._read(prompt, torch.ones_like(prompt))
-        uncond.batch_repeat_interleave(rows)
-        masks = prefix_mask, prefix_mask.new_ones(rows, prompt.shape[1])
+    def _join_streams(
+        self,
+        cache: DynamicCache,
+        prefix_mask: torch.Tensor,
+        textless: tuple[DynamicCache, torch.Tensor] | None,
+        scales: tuple[float, float],
+    ) -> tuple[int, DynamicCache, torch.Tensor]:
+        """Adds to the rows those of the other streams, one stream behind the other; the unconditional is read once."""
+        caches, masks = [cache], [prefix_mask]
+        if textless is not None and scales != (1, 1):
+            caches.append(textless[0])
+            masks.append(textless[1])
+        if scales[1] != 1 or (scales[0] != 1 and textless is None):
+            rows, config = len(prefix_mask), self.config
+            prompt = torch.tensor([[config.text_config.bos_token_id, config.boi_token_id]], device=prefix_mask.device)
+            uncond = self._read(prompt, torch.ones_like(prompt))
+            uncond.batch_repeat_interleave(rows)
+            caches.append(uncond)
+            masks.append(prefix_mask.new_ones(rows, prompt.shape[1]))
+        if len(caches) == 1:
+            return 1, cache, prefix_mask
         length = max(mask.shape[1] for mask in masks)
-        return join_caches(cache, uncond), torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        joined = torch.cat([F.pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        return len(caches), join_caches(caches), joined
 
     @torch.no_grad()
     def generate_interleaved(

@@ -43,6 +43,7 @@ class TransfusionPipeline(DiffusionPipeline):
             raise ValueError(f"`model` is a {type(model).__name__}; this pipeline draws with Transfusion models only.")
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         self._guidance_scale = 1.0
+        self._image_guidance_scale = 1.0
         self._num_timesteps = 0
         self._interrupt = False
 
@@ -54,7 +55,7 @@ class TransfusionPipeline(DiffusionPipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the drawing in progress is guided."""
-        return self._guidance_scale > 1
+        return self._guidance_scale > 1 or self._image_guidance_scale > 1
 
     @property
     def num_timesteps(self) -> int:
@@ -88,6 +89,12 @@ class TransfusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`image` has {len(image)} entries and `prompt` {len(prompt)}; give one image per prompt."
             )
+        token = self.processor.image_token
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            if (count := text.count(token)) > (image is not None):
+                raise ValueError(
+                    f"`prompt`={text!r} has {count} {token!r}, places of pictures; `image` gives one to a prompt."
+                )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type`={output_type!r} is not one of {OUTPUT_TYPES}.")
         if unknown := sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)):
@@ -105,6 +112,18 @@ class TransfusionPipeline(DiffusionPipeline):
             )
         return {name: value.to(self._execution_device) for name, value in inputs.items()}
 
+    def _encode_streams(
+        self, prompts: list[str], images: list[Image.Image] | None, num_patches: int
+    ) -> dict[str, torch.Tensor]:
+        """Encodes prompts and, where guidance needs them beside pictures, the same without their instruction."""
+        if images is None:
+            return self._encode(prompts, None, num_patches)
+        inputs = self._encode([self.processor.edit_prompt(text) for text in prompts], images, num_patches)
+        if self.do_classifier_free_guidance:
+            textless = self._encode([self.processor.textless_prompt(text) for text in prompts], images, num_patches)
+            inputs |= {f"negative_{name}": textless[name] for name in ("input_ids", "attention_mask")}
+        return inputs
+
     @torch.no_grad()
     def __call__(
         self,
@@ -117,6 +136,7 @@ class TransfusionPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        image_guidance_scale: float = 1.0,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -125,8 +145,10 @@ class TransfusionPipeline(DiffusionPipeline):
         """Draws pictures from prompts.
 
         Args:
-            prompt (`str` or `list[str]`): What to draw.
-            image (`PIL.Image.Image` or a list of one per prompt, *optional*): A picture to read before the prompt.
+            prompt (`str` or `list[str]`): What to draw, or what to do with `image`.
+            image (`PIL.Image.Image` or a list of one per prompt, *optional*):
+                A picture to read. It stands where the processor's `edit_template` puts it, or where the prompt itself
+                has `<image>`: `"Make high quality image from canny edge features<image>a red star"`.
             height (`int`, *optional*): Pixels; defaults to the model's `image_size`.
             width (`int`, *optional*): Likewise.
             num_inference_steps (`int`, *optional*): Denoising steps; defaults to the model's.
@@ -135,6 +157,9 @@ class TransfusionPipeline(DiffusionPipeline):
             generator (`torch.Generator` or a list of one per picture, *optional*): Source of the noise.
             latents (`torch.FloatTensor` of shape `(num_pictures, channels, height, width)`, *optional*):
                 Initial noise in latent pixels.
+            image_guidance_scale (`float`, defaults to 1.0):
+                How closely to follow `image`; 1 is off. With a picture `guidance_scale` leads away from the same
+                prompt without its instruction, whose words of the task stay.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -151,13 +176,13 @@ class TransfusionPipeline(DiffusionPipeline):
         config = self.model.config
         prompts = [prompt] if isinstance(prompt, str) else prompt
         images = None if image is None else image if isinstance(image, list) else [image]
-        if images is not None:
-            prompts = [self.processor.image_token + text for text in prompts]
+        if images is None and image_guidance_scale != 1:
+            raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` to follow.")
         height = config.image_size if height is None else height
         width = config.image_size if width is None else width
-        inputs = self._encode(prompts, images, height * width // config.image_stride**2)
-
         self._guidance_scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
+        self._image_guidance_scale = image_guidance_scale
+        inputs = self._encode_streams(prompts, images, height * width // config.image_stride**2)
         self._num_timesteps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
         self._interrupt = False
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -175,6 +200,7 @@ class TransfusionPipeline(DiffusionPipeline):
                 width=width,
                 num_inference_steps=self._num_timesteps,
                 guidance_scale=self._guidance_scale,
+                image_guidance_scale=image_guidance_scale,
                 num_images_per_prompt=num_images_per_prompt,
                 scheduler=self.scheduler,
                 generator=generator,
@@ -202,7 +228,7 @@ class TransfusionPipeline(DiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read, clean.
-            prompt (`str`, defaults to `""`): How the text begins, or a question.
+            prompt (`str`, defaults to `""`): How the text begins, or a question: `"Question: what is it? Answer:"`.
             max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
             generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
 
@@ -210,7 +236,8 @@ class TransfusionPipeline(DiffusionPipeline):
             `list[str]`: one text per picture.
         """
         images = image if isinstance(image, list) else [image]
-        inputs = self._encode([self.processor.image_token + prompt] * len(images), images, 0)
+        # The space in front of an answer belongs to its first word, as in training.
+        inputs = self._encode([self.processor.image_token + prompt.rstrip(" ")] * len(images), images, 0)
         max_new_tokens = min(max_new_tokens, self.model.num_free_positions(inputs["attention_mask"]))
         sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
         written = sequences[:, inputs["input_ids"].shape[1] :]
@@ -265,6 +292,72 @@ class TransfusionPipeline(DiffusionPipeline):
             **generate_kwargs,
         )
         return [[part for part in map(self._show_part, parts) if part != ""] for parts in documents]
+
+    @torch.no_grad()
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        max_images: int = 1,
+        max_new_tokens: int = 256,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        **generate_kwargs: Any,
+    ) -> dict[str, Any]:
+        """Answers a conversation with text, a picture or both, as the model decides, to the end of its turn.
+
+        Args:
+            messages (`list[dict]`):
+                The turns so far, each with `role` (`"user"`, `"assistant"` or `"system"`) and `content`: a text, or
+                parts `{"type": "text", "text": str}` and `{"type": "image", "image": PIL.Image.Image}`.
+            max_images (`int`, defaults to 1): Pictures in the answer at most.
+            max_new_tokens (`int`, defaults to 256): Text tokens at most, as far as the context has room.
+            height (`int`, *optional*): As in drawing, likewise the next four.
+            width (`int`, *optional*): Likewise.
+            num_inference_steps (`int`, *optional*): Likewise.
+            guidance_scale (`float`, *optional*): Likewise; leads away from the unconditional prompt.
+            generator (`torch.Generator`, *optional*): Likewise.
+            generate_kwargs: Any of the library's `generate`, for the text.
+
+        Returns:
+            `dict`: the assistant's message, to append to `messages`.
+
+        Raises:
+            ValueError: If a message does not fit, the last one is the assistant's, or there is no room for an answer.
+
+        Example:
+            >>> messages = [{"role": "user", "content": [{"type": "image", "image": star}]}]  # doctest: +SKIP
+            >>> messages += [{"role": "user", "content": "make the star blue"}]  # doctest: +SKIP
+            >>> messages += [pipe.chat(messages)]  # doctest: +SKIP
+
+        """
+        if messages and messages[-1].get("role") == "assistant":
+            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
+        inputs = self.processor.encode_conversations([messages], return_tensors="pt")
+        inputs.pop("assistant_masks")
+        (parts,) = self.model.generate_interleaved(
+            **inputs.to(self._execution_device),
+            max_images=max_images,
+            max_new_tokens=max_new_tokens,
+            draw_kwargs={
+                "height": height,
+                "width": width,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "generator": generator,
+                "scheduler": self.scheduler,
+            },
+            **generate_kwargs,
+        )
+        shown = [part.strip() if isinstance(part, str) else part for part in map(self._show_part, parts)]
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+            for part in shown
+            if part != ""
+        ]
+        return {"role": "assistant", "content": content}
 
     def _show_part(self, part: torch.Tensor) -> str | Image.Image:
         """Turns one part of an interleaved document into a string or a picture."""

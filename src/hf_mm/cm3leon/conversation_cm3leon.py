@@ -1,0 +1,212 @@
+"""Conversations as CM3Leon reads them: the turns of users and answers, laid out as one document.
+
+Knows messages and pictures; how parts become ids is the processor's `encode_document`, as in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+ROLES = ("system", "user", "assistant")
+
+# What a conversation looks like as a string: its texts and `<image>` one behind the other, with `<break>`
+# between turns.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set content = [{'type': 'text', 'text': message['content']}] if message['content'] is string "
+    "else message['content'] %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% for part in content %}{{ image_token if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endgeneration %}{% if not loop.last %}{{ break_token }}{% endif %}"
+    "{% else %}"
+    "{% for part in content %}{{ image_token if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def list_parts(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Lists the parts of a message.
+
+    Args:
+        message (`dict`): With `role` and `content`, a text or a list of parts.
+        where (`str`): What an error names.
+
+    Returns:
+        `list[dict]`: `{"type": "text", "text": str}` and `{"type": "image", "image": Any}`, the latter a picture, or
+        its address or path.
+
+    Raises:
+        ValueError: If the role or the type of a part is unknown, or a part lacks what it is of.
+    """
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where} has the `role` {role!r}, which is not one of {ROLES}.")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ValueError(f"{where} has the `content` {content!r}; give a text, or a list of parts.")
+    parts = []
+    for number, part in enumerate(content):
+        kind = part.get("type")
+        names = {"text": ("text",), "image": ("image", "url", "path")}.get(kind)
+        if names is None:
+            raise ValueError(f"{where}, part {number}: `type`={kind!r} is not one of 'text', 'image'.")
+        given = [part[name] for name in names if part.get(name) is not None]
+        if not given:
+            raise ValueError(f"{where}, part {number}, has no `{names[0]}`. Messages bring their texts and pictures.")
+        parts.append({"type": kind, names[0]: given[0]})
+    return parts
+
+
+def conversation_content(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Turns a conversation into the parts of one document.
+
+    Args:
+        messages (`list[dict]`): In order, each with `role` (`"system"`, `"user"` or `"assistant"`) and `content`, a
+            text or parts `{"type": "text", "text": str}` and `{"type": "image", "image": PIL.Image.Image}`.
+
+    Returns:
+        `list[dict]`: parts with `is_answer`, True on the assistant's, and `{"type": "end_of_turn"}` behind each of its
+        messages but a last one. Where the assistant is next, the text in front of its answer ends in no space.
+
+    Raises:
+        ValueError: If there is no message, or one does not fit; it says which.
+
+    Example:
+        >>> conversation_content([{"role": "user", "content": "hello "}, {"role": "assistant", "content": "hi"}])
+        [{'type': 'text', 'text': 'hello ', 'is_answer': False}, {'type': 'text', 'text': 'hi', 'is_answer': True}]
+
+    """
+    if not messages:
+        raise ValueError("The conversation has no message.")
+    content: list[dict[str, Any]] = []
+    for number, message in enumerate(messages):
+        is_answer = message.get("role") == "assistant"
+        content += [{**part, "is_answer": is_answer} for part in list_parts(message, f"Message {number}")]
+        if is_answer and number < len(messages) - 1:
+            content.append({"type": "end_of_turn"})
+    if messages[-1]["role"] != "assistant" and content and content[-1]["type"] == "text":
+        content[-1]["text"] = content[-1]["text"].rstrip(" ")
+    return content
+
+
+class ConversationMixin(ProcessorMixin):
+    """What [`CM3LeonProcessor`] does with conversations."""
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str | None = "auto",
+        return_dict: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Lays a conversation out: as ids exactly as in training, else as a string to look at.
+
+        Ids do not come from the string, in which the end of a question and the beginning of its answer would be one
+        word: they are those of `encode_document`. A conversation ends where the assistant is to answer, or behind its
+        answer. A `chat_template` of one's own is rendered and tokenized as by any processor of transformers.
+
+        Args:
+            conversation (`list[dict]` or a list of such lists):
+                Messages with `role` and `content`; pictures are parts `{"type": "image", "image": picture}`, or with
+                `url` or `path`.
+            chat_template (`str`, *optional*): Another template.
+            add_generation_prompt (`bool`, defaults to `False`):
+                Has no effect: nothing stands between a question and its answer.
+            continue_final_message (`bool`, defaults to `False`): Whether to leave the last answer open.
+            return_assistant_tokens_mask (`bool`, defaults to `False`):
+                Whether to return `assistant_masks`, 1 on what the assistant says and on what ends it.
+            tokenize (`bool`, defaults to `False`): Whether to return ids.
+            return_tensors (`str`, *optional*): Such as `"pt"`; conversations are then padded on the left.
+            return_dict (`bool`, defaults to `False`): Whether to return all inputs of the model, or `input_ids` alone.
+            processor_kwargs (`dict`, *optional*): Such as `return_tensors` and `padding`.
+            kwargs: Those of the library's processors.
+
+        Returns:
+            `str`, `list[list[int]]` or `BatchFeature`.
+
+        Raises:
+            ValueError: If a message does not fit, or spells a special token.
+        """
+        settings = {**(processor_kwargs or {})}
+        if return_tensors != "auto":
+            settings["return_tensors"] = return_tensors
+        if not tokenize or (chat_template or self.chat_template) != CHAT_TEMPLATE:
+            return super().apply_chat_template(
+                conversation,
+                chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                return_assistant_tokens_mask=return_assistant_tokens_mask,
+                tokenize=tokenize,
+                return_tensors=return_tensors,
+                return_dict=return_dict,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
+        for name in ("return_tensors", "padding"):
+            if name in kwargs:
+                settings[name] = kwargs[name]
+        is_batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        inputs = self.encode_conversations(
+            conversation if is_batched else [conversation],
+            is_open=continue_final_message,
+            return_tensors=settings.get("return_tensors"),
+        )
+        masks = inputs.pop("assistant_masks")
+        if return_assistant_tokens_mask:
+            inputs["assistant_masks"] = masks
+        return inputs if return_dict else inputs["input_ids"]
+
+    def encode_conversations(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        is_open: bool = False,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Encodes conversations up to where the assistant is to answer, or with a finished answer at their end.
+
+        Args:
+            conversations (`list[list[dict]]`): See `conversation_content`; pictures may also be addresses or paths.
+            is_open (`bool`, defaults to `False`): Whether to leave an answer at the end open, for the model to go on.
+            return_tensors (`str`, *optional*): Such as `"pt"`; the rows are then padded on the left.
+
+        Returns:
+            `BatchFeature`: `input_ids`, `attention_mask`, `assistant_masks` and, with pictures, `pixel_values`.
+
+        Raises:
+            ValueError: If a message does not fit, or spells a special token.
+        """
+        contents = [conversation_content(messages) for messages in conversations]
+        pictures = [part.pop("image") for content in contents for part in content if part["type"] == "image"]
+        images: dict[str, Any] = {}
+        if pictures:
+            images = dict(self.image_processor(self.image_processor.fetch_images(pictures), return_tensors="pt"))
+        rows, marks = [], []
+        for messages, content in zip(conversations, contents, strict=True):
+            document = self.encode_document(content)
+            # What closes the document stands behind a finished answer only.
+            stop = -1 if is_open or messages[-1]["role"] != "assistant" else None
+            rows.append(document["input_ids"][:stop])
+            marks.append(document.get("answer_mask", [0] * len(document["input_ids"]))[:stop])
+        kept = [[1] * len(row) for row in rows]
+        if return_tensors is not None:
+            width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+            rows, kept, marks = (
+                [[filler] * (width - len(row)) + list(row) for row in values]
+                for filler, values in ((pad, rows), (0, kept), (0, marks))
+            )
+        ids = {"input_ids": rows, "attention_mask": kept, "assistant_masks": marks}
+        return BatchFeature({**ids, **images}, tensor_type=return_tensors)
+
+
+__all__ = ["CHAT_TEMPLATE", "ConversationMixin", "conversation_content"]
