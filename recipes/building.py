@@ -24,6 +24,7 @@ from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
 from hf_mm.data.retrieved_documents import RetrievedPairs
 from hf_mm.data.sources import EMBEDDED, DatasetArguments
+from hf_mm.data.task_documents import TaskContent
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
 
@@ -268,6 +269,10 @@ class DocumentBatches:
                 "`window_length` or the model's `max_position_embeddings`."
             )
         self.documents = partial(self.documents, retrieval=retrieval)
+
+    def fill_tasks(self, content: TaskContent) -> None:
+        """Fills the templates of rows that have a task, from now on."""
+        self.documents = partial(self.documents, task_content=content)
 
     def report_retrieval(self, rows: Dataset) -> str:
         """Says how many retrieved pairs documents have, and how many did not fit, over a few hundred."""

@@ -40,6 +40,7 @@ class RetrievalEvaluation:
     )
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of prompts and noise, a row each."})
     glyph_set: str = field(default="shapes", metadata={"help": "shapes or icons."})
+    scene_kind: str = field(default="single_object", metadata={"help": "Kind of scene, of one object."})
     num_scenes: int = field(default=256, metadata={"help": "Prompts of a seed."})
     guidance_scale: float | None = field(default=None, metadata={"help": "1 is off; none: the model's."})
     batch_size: int = field(default=32, metadata={"help": "Pictures drawn at once."})
@@ -71,7 +72,7 @@ def score_seed(
     """
     size = pipe.model.config.image_size
     scenes_of = {"glyph_set": recipe.glyph_set, "size_px": size, "split": "validation", "seed": seed}
-    rows = icon_scenes_dataset(recipe.num_scenes, **scenes_of, kinds={"single_object": 1.0})
+    rows = icon_scenes_dataset(recipe.num_scenes, **scenes_of, kinds={recipe.scene_kind: 1.0})
     prompts, scenes = list(rows["description"]), list(rows["scene"])
     found = retriever.retrieve(prompts, num_retrieved=max(1, *recipe.nums_retrieved))
     matching = share_matching(retriever.memory["scene"], found.ids, scenes)

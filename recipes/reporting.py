@@ -101,7 +101,7 @@ class RunReport:
         return ema_weights(self.parts.ema, trainable_parameters(self.parts.model))
 
     @contextmanager
-    def _pipeline(self) -> Iterator[Any]:
+    def pipeline(self) -> Iterator[Any]:
         """Gives the main process the drawing pipeline of the model as it stands, and the others None."""
         is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parts.model.parameters())
         if not is_sharded and not self.accelerator.is_main_process:
@@ -126,7 +126,7 @@ class RunReport:
     def draw(self, step: int) -> None:
         """Saves a grid of samples."""
         path = self.output_dir / "samples" / f"step-{step:06d}.png"
-        with self._pipeline() as pipeline:
+        with self.pipeline() as pipeline:
             if pipeline is not None:
                 self._save_grid(pipeline, path)
         self.accelerator.print(f"\nStep {step}: samples in {path}.")
@@ -149,12 +149,29 @@ class RunReport:
 
         return evaluate
 
-    def export(self, facts: dict[str, Any], recipe: dict[str, Any], caption_report: str) -> None:
-        """Writes the finished model, a last grid and the card into the output folder."""
-        with self._pipeline() as pipeline:
+    def export(
+        self,
+        facts: dict[str, Any],
+        recipe: dict[str, Any],
+        caption_report: str,
+        finish_model: Callable[[], Any] | None = None,
+    ) -> None:
+        """Writes the finished model, a last grid and the card into the output folder.
+
+        Args:
+            facts (`dict`): Of the run, for the card.
+            recipe (`dict`): All fields of the run.
+            caption_report (`str`): What was read, for the card.
+            finish_model (`Callable`, *optional*): Returns the model to export in the place of the trained one, such
+                as a copy with its adapters merged. Called while the averaged weights are in place.
+        """
+        with self.pipeline() as pipeline:
             if pipeline is None:
                 return
-            self._save_grid(pipeline, self.output_dir / "samples.png")
+            if finish_model is not None:
+                pipeline.register_modules(model=finish_model())
+            if self.prompts:
+                self._save_grid(pipeline, self.output_dir / "samples.png")
             export_folder(
                 pipeline,
                 self.output_dir,

@@ -414,7 +414,7 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
     def caption(
         self,
         image: Image.Image | list[Image.Image],
-        prompt: str = "",
+        prompt: str | list[str] = "",
         max_new_tokens: int = 64,
         **generate_kwargs: Any,
     ) -> list[str]:
@@ -422,24 +422,30 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
-            prompt (`str`, defaults to `""`): How the text begins, or a question: `"Question: what is it? Answer:"`.
-                What a template has behind the answer is left out; `infill_caption` takes it.
+            prompt (`str` or a list of one per picture, defaults to `""`):
+                How the text begins, or a question: `"Question: what is it? Answer:"`. What a template has behind the
+                answer is left out; `infill_caption` takes it.
             max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
             generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
 
         Returns:
             `list[str]`: one text per picture.
 
+        Raises:
+            ValueError: If the prompts are a list, and not as many as the pictures.
+
         Source: CM3Leon (arXiv 2309.02591), section 3.3 and figure 9.
         """
         images = image if isinstance(image, list) else [image]
-        # The space in front of an answer belongs to its first word, as in training.
-        prompt = prompt.rstrip(" ")
-        beginning = [*([{"type": "text", "text": prompt}] if prompt else []), {"type": "mask"}]
-        rows = [
-            self.processor.infill_prompt([*beginning, {"type": "image", "codes": codes}])["input_ids"]
-            for codes in self._read_codes(images)
-        ]
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        if len(prompts) != len(images):
+            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per picture.")
+        rows = []
+        for text, codes in zip(prompts, self._read_codes(images), strict=True):
+            text = text.rstrip(" ")  # the space in front of an answer belongs to its first word, as in training
+            beginning = [{"type": "text", "text": text}] if text else []
+            content = [*beginning, {"type": "mask"}, {"type": "image", "codes": codes}]
+            rows.append(self.processor.infill_prompt(content)["input_ids"])
         return [text.strip() for text in self._decode_text(self._write(rows, max_new_tokens, **generate_kwargs))]
 
     def _write(self, rows: list[list[int]], max_new_tokens: int, **generate_kwargs: Any) -> list[list[int]]:

@@ -220,6 +220,44 @@ def move_spans(ids: np.ndarray, spans: Sequence[Span], settings: CM3Masking) -> 
     return masked
 
 
+def mask_answer(input_ids: np.ndarray, is_answer: np.ndarray, settings: CM3Masking) -> tuple[np.ndarray, np.ndarray]:
+    """Moves the answers of a document to its end, whole, as the prompts that ask for them have it.
+
+    Args:
+        input_ids (`np.ndarray` of shape `(length,)`): One document.
+        is_answer (`np.ndarray` of shape `(length,)`): Marks answers. Boundaries stay, also where they are marked.
+        settings (`CM3Masking`): Token ids, and the most spans.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the document, and marks on its answers and on the tokens that close them.
+
+    Raises:
+        ValueError: If there are more answers than sentinels.
+
+    Source: Ours: chance alone masks just the answer too rarely for a short run of tuning. The form is the paper's.
+    """
+    spans = [
+        (left + start, left + end)
+        for left, right in find_segments(input_ids, settings)
+        for start, end in _find_runs(is_answer[left:right])
+    ]
+    if len(spans) > settings.num_sentinel_tokens:
+        raise ValueError(
+            f"A document has {len(spans)} answers; there are `num_sentinel_tokens`={settings.num_sentinel_tokens}."
+        )
+    masked = move_spans(input_ids, spans, settings)
+    tail = len(input_ids) + sum(start - end + 1 for start, end in spans)
+    marks = np.arange(len(masked)) >= tail
+    first, last = settings.first_sentinel_token_id, settings.first_sentinel_token_id + settings.num_sentinel_tokens
+    return masked, marks & ~((masked >= first) & (masked < last))
+
+
+def _find_runs(marks: np.ndarray) -> list[Span]:
+    """Finds the stretches of True, as (start, end) with the end excluded."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marks, [False]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
 def unmask_document(input_ids: Sequence[int] | np.ndarray, settings: CM3Masking) -> np.ndarray:
     """Puts the spans at the end of a document back into their places, as one does with what a model filled in.
 

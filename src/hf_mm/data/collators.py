@@ -44,7 +44,7 @@ def collate_documents(
 
     Returns:
         `dict`: `input_ids`, `labels`, `position_ids` of shape `(B, L)` and, where documents have images beside their
-        tokens, the images, `noise`, `timesteps` and, if sizes differ, `image_sizes`.
+        tokens, the images, `noise`, `timesteps`, if sizes differ `image_sizes`, and of tasks `clean_images`.
 
     Raises:
         ValueError: If a document is longer than a window.
@@ -74,6 +74,9 @@ def collate_documents(
         batch["timesteps"] = torch.cat([document["timesteps"] for document in ordered])
         if sizes is not None and latent_sizes is not None:
             batch["image_sizes"] = latent_sizes
+        if any("clean_images" in document for document in ordered):
+            clean = [document.get("clean_images", [False] * len(document["images"])) for document in ordered]
+            batch["clean_images"] = torch.tensor([is_clean for of_document in clean for is_clean in of_document])
     return batch
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Array2D, Array3D, Dataset, Features, List, Value, concatenate_datasets
+from datasets import Array2D, Array3D, Dataset, Features, Image, List, Value, concatenate_datasets
 
 from .fingerprints import digest_rows
-from .formats import ImageError, RowError, center_crop_resize, check_columns, open_image
+from .formats import ImageError, RowError, center_crop_resize, open_image
 from .shards import MANIFEST, claim_folder, map_shards, read_manifest, shard_paths
 
 
@@ -57,7 +57,7 @@ def encode_rows(
     processes as one likes, also finishes what was begun. Run it in all of them before [`load_encoded`].
 
     Args:
-        rows (`Dataset`): Pair rows, the same in every process; prepared ones, so that every image can be read.
+        rows (`Dataset`): With a column `image`, the same in every process; prepared, so that every image can be read.
         encode (`Callable`): Turns a uint8 tensor of shape `(batch_size, 3, height, width)` into arrays with the batch
             as first axis and one type, such as `{"latent_mean": ..., "latent_std": ...}` or [`raw_pixels`].
         image_size (`int` or `tuple[int, int]`): Side in px, or `(height, width)`; pictures are cut at the centre.
@@ -82,7 +82,10 @@ def encode_rows(
         raise ValueError(f"`num_shards`={num_shards} must be at least 1 and at most the number of rows, {len(rows)}.")
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index`={process_index} must be at least 0 and below {num_processes=}.")
-    rows = check_columns(rows, "pair")
+    if "image" not in rows.column_names:
+        raise ValueError(f"`rows` has no column `image` to encode. Columns here: {rows.column_names}.")
+    if rows.features["image"] != Image(decode=False):
+        rows = rows.cast_column("image", Image(decode=False))  # opened and checked one by one
     batch_encoder = _BatchEncoder(encode, size)
     columns = _array_features(batch_encoder({"image": rows[:1]["image"]}, [0]))
     manifest = {

@@ -39,6 +39,9 @@ class DatasetArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     num_scenes: int = field(default=20_000, metadata={"help": "Icon scenes to draw; ignored for other sources."})
+    scene_kinds: list[str] = field(
+        default_factory=list, metadata={"help": "Kinds of icon scenes to draw, alike; none: the mix of their set."}
+    )
     image_column: str = field(default="image", metadata={"help": "Column with images."})
     text_column: str | None = field(default=None, metadata={"help": "Column with finished captions."})
     description_column: str | None = field(default=None, metadata={"help": "Column with descriptions."})
@@ -76,7 +79,9 @@ def open_rows(
     """
     name = arguments.dataset_name
     if name.startswith(EMBEDDED):
+        kinds = dict.fromkeys(arguments.scene_kinds, 1.0) or None
         fields: dict[str, Any] = {"glyph_set": name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
+        fields["kinds"] = kinds
         if streaming:
             return icon_scenes_stream(arguments.num_scenes, split=arguments.dataset_split, **fields)
         return _draw_splits(arguments, num_proc=num_proc, **fields)

@@ -11,13 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .cm3_masking import CM3Masking, mask_document
+from .cm3_masking import CM3Masking, mask_answer, mask_document
 from .formats import RowError, center_crop_resize, open_image
 from .mixing import DocumentArguments, SampleKey, build_content, sample_generator
 from .retrieved_documents import Retrieved, RetrievedPairs
+from .task_documents import TASK, TaskArguments, TaskContent
 
 
 Document = dict[str, Any]
+Row = dict[str, Any]
+Parts = list[dict[str, Any]]
 
 
 class DocumentEncoder(Protocol):
@@ -39,6 +42,7 @@ class TrainingDocuments(torch.utils.data.Dataset[Document], ABC):
         max_tokens (`int`, *optional*): Longer text-only documents give a stretch of that length, drawn anew each time.
             Documents with images are never cut, but refused.
         form_weights (`dict`, *optional*): Chances of the caption forms.
+        task_content ([`TaskContent`], *optional*): Fills the templates of rows that have a task.
     """
 
     def __init__(
@@ -51,10 +55,11 @@ class TrainingDocuments(torch.utils.data.Dataset[Document], ABC):
         text_rows: Any = None,
         max_tokens: int | None = None,
         form_weights: dict[str, float] | None = None,
+        task_content: TaskContent | None = None,
     ) -> None:
         self.sources = (rows, text_rows)
         self.processor, self.arguments, self.seed = processor, arguments, seed
-        self.form_weights, self.max_tokens = form_weights, max_tokens
+        self.form_weights, self.max_tokens, self.task_content = form_weights, max_tokens, task_content
 
     def __getitem__(self, key: SampleKey) -> Document:
         """Builds the document of one sample."""
@@ -71,6 +76,8 @@ class TrainingDocuments(torch.utils.data.Dataset[Document], ABC):
     def _build(self, row: dict[str, Any], key: SampleKey) -> Document:
         """Builds the document of one row."""
         generator = sample_generator(self.seed, key.number)
+        if self.task_content is not None and TASK in row:
+            return self._lay_out(row, self.task_content(row, generator), None, key, generator)
         content, max_timestep = build_content(row, self.arguments, generator, self.form_weights)
         return self._lay_out(row, content, max_timestep, key, generator)
 
@@ -138,11 +145,18 @@ class NoisedDocuments(TrainingDocuments):
     ) -> Document:
         images = [self._read_image(row, part, generator) for part in content if part["type"] == "image"]
         # Pictures that the model's image tokenizer has yet to encode get noise of the shape they will have then.
-        has_final_shape = "latent_mean" in row or self.latent_shape[1] == self.image_size
+        is_encoded = "latent_mean" in row or any("latent_mean" in part for part in content)
+        has_final_shape = is_encoded or self.latent_shape[1] == self.image_size
         shapes = [tuple(image.shape) if has_final_shape else self.latent_shape for image in images]
         sizes = iter(shapes)
         parts = [{**part, "size": next(sizes)[1:]} if part["type"] == "image" else part for part in content]
-        document = self._fit(dict(self.processor.encode_document(parts)), key, generator, has_images=bool(images))
+        document: Document = dict(self.processor.encode_document(parts))
+        if (answer_mask := document.pop("answer_mask", None)) is not None:
+            # What is asked about is seen clean, and has no loss: only what answers is drawn.
+            document["clean_images"] = [not part["is_answer"] for part in content if part["type"] == "image"]
+            if self.task_content is not None and not self.task_content.arguments.train_on_inputs:
+                document["labels"] = keep_answers(document["labels"], answer_mask)
+        document = self._fit(document, key, generator, has_images=bool(images))
         document["images"] = images
         document["noise"] = [torch.randn(shape, generator=generator) for shape in shapes]
         document["timesteps"] = self.sample_timesteps(len(images), max_timestep=max_timestep, generator=generator)
@@ -150,15 +164,16 @@ class NoisedDocuments(TrainingDocuments):
 
     def _read_image(self, row: dict[str, Any], part: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
         """Returns a picture in [-1, 1], or latents drawn from what the encoder saved of it."""
-        if "latent_mean" in row:
+        held = {**row, **part}  # a part of a document or a task has a picture of its own
+        if "latent_mean" in held:
             mean, std = (
-                torch.as_tensor(np.asarray(row[name], dtype=np.float32)) for name in ("latent_mean", "latent_std")
+                torch.as_tensor(np.asarray(held[name], dtype=np.float32)) for name in ("latent_mean", "latent_std")
             )
             return mean + std * torch.randn(mean.shape, generator=generator)
-        if "pixels" in row:
-            pixels = np.asarray(row["pixels"], dtype=np.uint8)
+        if "pixels" in held:
+            pixels = np.asarray(held["pixels"], dtype=np.uint8)
         else:
-            picture = open_image(part.get("image", row.get("image")))
+            picture = open_image(held.get("image"))
             pixels = np.asarray(center_crop_resize(picture, self.image_size)).transpose(2, 0, 1)
         return torch.from_numpy(pixels.astype(np.float32)) / 127.5 - 1
 
@@ -181,6 +196,9 @@ class CodeDocuments(TrainingDocuments):
         arguments (`DocumentArguments`): Without a share of its own, every caption comes before its image.
         retrieval ([`RetrievedPairs`], *optional*): What stands in front of rows that have `neighbor_ids`.
         fields: Those of [`TrainingDocuments`].
+
+    A task's written answer is masked whole and follows behind the document; a drawn one stands last as it is. With
+    `answer_masking_share` below 1 the other documents of tasks are masked as any.
 
     Raises:
         ValueError: If `arguments` asks for what belongs to noised images.
@@ -224,12 +242,29 @@ class CodeDocuments(TrainingDocuments):
             drawn = self.retrieval.draw(row, f"Row {key.row}", generator, self.form_weights)
         document, kept = self._encode(parts, drawn)
         document = self._fit(document, key, generator, has_images=has_images, reserved=self.masking.max_added_tokens)
+        if "answer_mask" in document and self.task_content is not None:
+            writes = parts[-1]["type"] != "image" or not parts[-1]["is_answer"]
+            return self._mask_task(document, generator, self.task_content.arguments, writes)
         ids = mask_document(document["input_ids"], generator, self.masking, max_length=self.max_tokens)
         masked = {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
         if self.retrieval is None:
             return masked
         num_retrieved = len(kept.pairs)
         return {**masked, "num_retrieved": num_retrieved, "num_left_out": len(drawn.pairs) - num_retrieved}
+
+    def _mask_task(
+        self, document: Document, generator: torch.Generator, arguments: TaskArguments, writes: bool
+    ) -> Document:
+        """Masks a task's written answer whole and leaves a drawn one at the end, or masks it as any document."""
+        ids = np.asarray(document["input_ids"], dtype=np.int64)
+        if torch.rand((), generator=generator) >= arguments.answer_masking_share:
+            ids = mask_document(ids, generator, self.masking, max_length=self.max_tokens)
+            return {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
+        is_answer = np.asarray(document["answer_mask"], dtype=bool)
+        if writes:
+            ids, is_answer = mask_answer(ids, is_answer, self.masking)
+        labels = np.concatenate([[-100], ids[1:]])
+        return {"input_ids": ids, "labels": labels if arguments.train_on_inputs else keep_answers(labels, is_answer)}
 
     def _encode(self, parts: list[dict[str, Any]], retrieved: Retrieved) -> tuple[Document, Retrieved]:
         """Lays a document out with as many of the retrieved pairs as fit, and says which."""
@@ -239,6 +274,11 @@ class CodeDocuments(TrainingDocuments):
             if not retrieved.pairs or self.max_tokens is None or length <= self.max_tokens:
                 return document, retrieved
             retrieved = retrieved.without_least_relevant()
+
+
+def keep_answers(labels: Sequence[int] | np.ndarray, is_answer: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Leaves targets on the tokens of answers alone."""
+    return np.where(np.asarray(is_answer, dtype=bool), np.asarray(labels), -100)
 
 
 def find_codes(row: dict[str, Any], part: dict[str, Any], key: SampleKey) -> Any:

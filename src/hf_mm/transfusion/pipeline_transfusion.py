@@ -220,7 +220,7 @@ class TransfusionPipeline(DiffusionPipeline):
     def caption(
         self,
         image: Image.Image | list[Image.Image],
-        prompt: str = "",
+        prompt: str | list[str] = "",
         max_new_tokens: int = 64,
         **generate_kwargs: Any,
     ) -> list[str]:
@@ -228,16 +228,23 @@ class TransfusionPipeline(DiffusionPipeline):
 
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read, clean.
-            prompt (`str`, defaults to `""`): How the text begins, or a question: `"Question: what is it? Answer:"`.
+            prompt (`str` or a list of one per picture, defaults to `""`):
+                How the text begins, or a question: `"Question: what is it? Answer:"`.
             max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
             generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
 
         Returns:
             `list[str]`: one text per picture.
+
+        Raises:
+            ValueError: If the prompts are a list, and not as many as the pictures.
         """
         images = image if isinstance(image, list) else [image]
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        if len(prompts) != len(images):
+            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per picture.")
         # The space in front of an answer belongs to its first word, as in training.
-        inputs = self._encode([self.processor.image_token + prompt.rstrip(" ")] * len(images), images, 0)
+        inputs = self._encode([self.processor.image_token + text.rstrip(" ") for text in prompts], images, 0)
         max_new_tokens = min(max_new_tokens, self.model.num_free_positions(inputs["attention_mask"]))
         sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
         written = sequences[:, inputs["input_ids"].shape[1] :]

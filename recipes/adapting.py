@@ -1,0 +1,74 @@
+"""Low-rank adapters for the recipes: put into a model, saved alone, merged into a copy."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+
+ADAPTER = "adapter"
+
+
+@dataclass
+class AdapterArguments:
+    """Whether all weights are tuned or low-rank adapters (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353)."""
+
+    lora_rank: int = field(default=0, metadata={"help": "Rank of the adapters; 0: all weights are tuned."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapters; none: twice the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    use_dora: bool = field(default=False, metadata={"help": "Whether adapters tune the size of weights apart."})
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Last names of layers that get adapters; none: all linear ones."},
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range, and fields that nothing would read."""
+        if self.lora_rank < 0:
+            raise ValueError(f"`lora_rank`={self.lora_rank} must be at least 0.")
+        if self.lora_rank == 0 and (self.use_dora or self.lora_alpha is not None or self.lora_target_modules):
+            raise ValueError("`use_dora`, `lora_alpha` and `lora_target_modules` need a `lora_rank` above 0.")
+
+
+def add_adapters(model: Any, arguments: AdapterArguments) -> PeftModel | None:
+    """Puts adapters into a model in place and freezes the rest of it; None where all weights are tuned.
+
+    Args:
+        model (`PreTrainedModel`): To be tuned. It stays what it is, with adapters in its layers.
+        arguments (`AdapterArguments`): Of the recipe.
+    """
+    if arguments.lora_rank == 0:
+        return None
+    settings = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
+        lora_dropout=arguments.lora_dropout,
+        use_dora=arguments.use_dora,
+        target_modules=arguments.lora_target_modules or find_linear_layers(model),
+    )
+    return get_peft_model(model, settings)
+
+
+def find_linear_layers(model: Any) -> list[str]:
+    """Names the linear layers of the transformer itself: those of its blocks, by their last names."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if type(module).__name__ == "Linear" and ".layers." in name
+    }
+    return sorted(names)
+
+
+def describe_adapters(model: Any) -> str:
+    """Says what share of the weights is tuned."""
+    tuned = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    total = sum(weight.numel() for weight in model.parameters())
+    return f"{tuned:,} of {total:,} weights are tuned ({tuned / total:.1%})."
+
+
+def merge_adapters(adapted: PeftModel, output_dir: Path) -> Any:
+    """Saves the adapters alone, in `adapter/`, and returns a copy of the model with them merged into its weights."""
+    adapted.save_pretrained(output_dir / ADAPTER)
+    return copy.deepcopy(adapted).merge_and_unload()
