@@ -121,8 +121,17 @@ def restored_logging() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def run(*arguments: object, lines: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=lines)
+
+
+@pytest.fixture
+def star(tmp_path: Path) -> Path:
+    """A picture file."""
+    path = tmp_path / "in" / "star.png"
+    path.parent.mkdir()
+    Image.radial_gradient("L").convert("RGB").save(path)
+    return path
 
 
 def failure(result: Result) -> str:
@@ -226,6 +235,83 @@ def test_what_is_retrieved_changes_the_drawing_and_is_told(
     two, _ = draw("--retrieval-dir", memory_dir)
     assert [len(fact["retrieved"]) for fact in two] == [2, 2]
     assert all(fact["retrieved"][0]["score"] >= fact["retrieved"][1]["score"] for fact in two)
+
+
+@pytest.mark.parametrize("family", ["checkpoint", "code_checkpoint"])
+def test_a_picture_is_edited_and_its_place_is_printed(
+    family: str, star: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model, output = request.getfixturevalue(family), tmp_path / "new" / "blue.png"
+
+    def draw(prompt: str, *options: object, image: Path = star) -> bytes:
+        fixed = ["--model", model, "--seed", 5, "--output", output, "--guidance-scale", 2]
+        result = run("edit", image, prompt, *fixed, *options)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{output} (seed 5)\n"
+        return output.read_bytes()
+
+    plain = draw("a blue heart")
+    assert draw("a blue heart") == plain
+    other = star.with_name("other.png")
+    Image.new("RGB", (9, 9), "red").save(other)
+    changed = draw("a red star"), draw("a blue heart", "--image-guidance-scale", 4), draw("a<image>blue heart")
+    assert plain not in (*changed, draw("a blue heart", image=other))
+    result = run("edit", star, "a blue heart", "--model", model, "--output", output, "--json", "--seed", 7)
+    facts = {"path": str(output), "image": str(star), "prompt": "a blue heart", "seed": 7}
+    assert json.loads(result.stdout) == facts
+
+
+def test_edits_that_cannot_be_are_refused_by_name(
+    checkpoint: str, code_checkpoint: str, star: Path, tmp_path: Path
+) -> None:
+    output = ["--output", tmp_path / "a.png"]
+    assert f"`{tmp_path}/no.png`" in failure(run("edit", tmp_path / "no.png", "a", "--model", "not/loaded", *output))
+    star.with_name("text.png").write_text("no picture")
+    assert "text.png" in failure(run("edit", star.with_name("text.png"), "a", "--model", "not/loaded", *output))
+    for model, words in ((checkpoint, "positions; the model has 61"), (code_checkpoint, "the model has 83")):
+        assert words in failure(run("edit", star, "star " * 50, "--model", model, *output))
+        message = failure(run("edit", star, "<image>a<image>", "--model", model, *output))
+        assert "`prompt`='<image>a<image>' has 2 '<image>'" in message
+    message = failure(run("edit", star, "a", "--model", code_checkpoint, "--num-inference-steps", 3, *output))
+    assert "--num-inference-steps: a CM3LeonPipeline has no such option" in message
+    assert run("edit", star, "a", "--image-guidance-scale", 0.5).exit_code == 2
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("family", ["checkpoint", "code_checkpoint"])
+def test_lines_are_a_conversation(family: str, star: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    options = [
+        "--model",
+        request.getfixturevalue(family),
+        "--max-new-tokens",
+        3,
+        "--seed",
+        5,
+        "--output-dir",
+        tmp_path,
+    ]
+    result = run("chat", *options, "--json", lines=f"/image {star}\nred\n\na heart\n/quit\nblue\n")
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == 2 and result.stderr == ""
+    for answer in answers:
+        assert answer["role"] == "assistant"
+        for part in answer["content"]:
+            assert part["type"] == "text" or Path(part["path"]).is_file()
+    assert run("chat", *options, "--json", "--image", star, lines="red\na heart").exit_code == 0
+
+
+def test_conversations_that_cannot_go_on_end_with_one_line(checkpoint: str, star: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "no.png"
+    assert f"`{missing}`" in failure(run("chat", "--model", "not/loaded", "--image", missing))
+    for lines, words in (
+        (f"/image {missing}", f"`{missing}`"),
+        ("/image", "/image needs a path"),
+        ("/draw", "There is no command /draw: /image PATH adds"),
+        ("a <boi>", "special token '<boi>'"),
+        ("star " * 70, "leaves no room"),
+    ):
+        assert words in failure(run("chat", "--model", checkpoint, lines=lines + "\nred\n"))
 
 
 def test_a_model_that_is_nowhere_or_no_pipeline_is_named_with_what_would_be_right(tmp_path: Path) -> None:
@@ -342,13 +428,17 @@ def test_a_pipeline_that_does_not_caption_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (7, 5)).save(image)
     message = failure(run("caption", image, "--model", tmp_path / "ddpm"))
     assert "DDPMPipeline, which does not describe pictures" in message
+    message = failure(run("edit", image, "a", "--model", tmp_path / "ddpm"))
+    assert "DDPMPipeline, which does not edit pictures" in message
+    message = failure(run("chat", "--model", tmp_path / "ddpm", lines="a\n"))
+    assert "DDPMPipeline, which does not hold conversations" in message
 
 
-@pytest.mark.parametrize("command", ["generate", "caption"])
+@pytest.mark.parametrize("command", ["generate", "caption", "edit", "chat"])
 def test_help_shows_examples(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
-    assert result.stdout.count(f"  hf-mm {command} ") == {"generate": 4, "caption": 3}[command]
+    assert result.stdout.count(f"  hf-mm {command} ") == {"generate": 4, "caption": 3, "edit": 3, "chat": 2}[command]
 
 
 @pytest.mark.slow

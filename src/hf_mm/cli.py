@@ -1,4 +1,4 @@
-"""The command `hf-mm`: draws and captions from a shell, through the same pipelines as from Python.
+"""The command `hf-mm`: draws, edits, captions and converses from a shell, through the same pipelines as from Python.
 
 Knows arguments, files and messages; what a picture or a caption is, the pipelines know. Pictures are described on
 standard output, progress and errors go to standard error. Exit codes: 0 done, 1 failed, 2 called wrongly.
@@ -6,8 +6,10 @@ standard output, progress and errors go to standard error. Exit codes: 0 done, 1
 
 import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
+    from .cm3leon import CM3LeonPipeline
     from .data.retrieval import Retrieved
+    from .transfusion import TransfusionPipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 GENERATE_EXAMPLES = """\b
@@ -34,10 +38,22 @@ Examples:
   hf-mm caption pictures/*.jpg --json
   hf-mm caption star.png --model me/my-transfusion --prompt "a picture of"
 """
+EDIT_EXAMPLES = """\b
+Examples:
+  hf-mm edit star.png "make the star blue" --output blue.png
+  hf-mm edit star.png "put it on a yellow background" --guidance-scale 3 --image-guidance-scale 1.5 --seed 7
+  hf-mm edit edges.png "Make high quality image from canny edge features<image>a red star" --model me/my-cm3leon
+"""
+CHAT_EXAMPLES = """\b
+Examples:
+  hf-mm chat --model me/my-transfusion-sft
+  hf-mm chat --image star.png --output-dir pictures
+  printf '/image star.png\\nwhat is it?\\nmake it blue\\n' | hf-mm chat --json
+"""
 
 app = typer.Typer(
     name="hf-mm",
-    help="Draw pictures from prompts and describe pictures, with early-fusion text and image models.",
+    help="Draw, edit and describe pictures, and talk about them, with early-fusion text and image models.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -139,16 +155,136 @@ def caption(
 ) -> None:
     """Describe pictures."""
     with one_line_errors():
-        from .cm3leon import CM3LeonPipeline
         from .data.formats import open_image
-        from .transfusion import TransfusionPipeline
 
         pictures = [open_image(image, field=image) for image in images]
-        pipeline = load_pipeline(model, trust_remote_code)
-        if not isinstance(pipeline, CM3LeonPipeline | TransfusionPipeline):
-            raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not describe pictures.")
+        pipeline = load_reader(model, trust_remote_code, "describe pictures")
         for image, text in zip(images, pipeline.caption(pictures, prompt, max_new_tokens), strict=True):
             typer.echo(json.dumps({"image": image, "caption": text}) if as_json else f"{image}: {text}")
+
+
+@app.command(epilog=EDIT_EXAMPLES)
+def edit(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file, or the address of one.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT", help="What to change. With <image> in it: a whole prompt of another task."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", callback=check_output, help="Where to.")] = Path(
+        "edited.png"
+    ),
+    model: ModelOption = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps, of Transfusion. Default: the model's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="How closely to follow the prompt; 1 is off. Default: the model's.")
+    ] = None,
+    image_guidance_scale: Annotated[
+        float, typer.Option(min=1, help="How closely to follow the picture; 1 is off.")
+    ] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the scores of codes, of CM3Leon. Default: the model's.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(max=1, help="Probability that codes are drawn from, of CM3Leon. Default: 1.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the picture.")] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Change a picture as a prompt says, or draw from one: from its edges, its depth."""
+    with one_line_errors():
+        import torch
+
+        from .data.formats import open_image
+
+        picture = open_image(image, field=image)
+        pipeline = load_reader(model, trust_remote_code, "edit pictures")
+        chosen_seed = torch.seed() % 2**32 if seed is None else seed
+        options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        pictures = pipeline(
+            prompt,
+            picture,
+            **asked_for(options, pipeline),
+            image_guidance_scale=image_guidance_scale,
+            generator=torch.Generator().manual_seed(chosen_seed),
+        ).images
+        (path,) = save_pictures(pictures, output)
+        facts = {"path": str(path), "image": image, "prompt": prompt, "seed": chosen_seed}
+        typer.echo(json.dumps(facts) if as_json else f"{path} (seed {chosen_seed})")
+
+
+@app.command(epilog=CHAT_EXAMPLES)
+def chat(
+    model: ModelOption = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option("--image", metavar="IMAGE", help="Picture of the first message; may be repeated."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(file_okay=False, help="Folder of the pictures drawn.")] = Path("."),
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=1, help="How closely pictures follow the conversation. Default: the model's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text, in tokens.")] = 256,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the conversation.")] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Talk about pictures: a line is a message, /image PATH adds a picture to the next, /quit ends."""
+    with one_line_errors():
+        import torch
+
+        from .chat import COMMANDS, Conversation, converse, read_lines
+        from .data.formats import open_image
+
+        def open_picture(path: str) -> "Image.Image":
+            return open_image(path, field=path)
+
+        def complain(error: Exception) -> None:
+            if not stdin.isatty():  # a script must not go on as if it had been understood
+                raise error
+            typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
+
+        pictures = [open_picture(image) for image in images or []]
+        pipeline = load_reader(model, trust_remote_code, "hold conversations")
+        generator = torch.Generator().manual_seed(torch.seed() % 2**32 if seed is None else seed)
+        answer = partial(
+            pipeline.chat, guidance_scale=guidance_scale, max_new_tokens=max_new_tokens, generator=generator
+        )
+        conversation = Conversation(
+            answer, open_picture, lambda picture, path: save_pictures([picture], path), output_dir, pictures
+        )
+        stdin = sys.stdin
+        if stdin.isatty():
+            typer.echo(f"{COMMANDS}.", err=True)
+        lines = read_lines(stdin, lambda: typer.echo("> ", nl=False, err=True))
+        converse(conversation, lines, say=typer.echo, complain=complain, as_json=as_json)
+
+
+def load_reader(model: str | None, trust_remote_code: bool, deed: str) -> "CM3LeonPipeline | TransfusionPipeline":
+    """Loads a pipeline that reads pictures, refusing others.
+
+    Args:
+        model (`str`, *optional*): As for `load_pipeline`.
+        trust_remote_code (`bool`): Likewise.
+        deed (`str`): What it is needed for.
+
+    Raises:
+        ValueError: If the checkpoint holds another kind of pipeline.
+    """
+    from .cm3leon import CM3LeonPipeline
+    from .transfusion import TransfusionPipeline
+
+    pipeline = load_pipeline(model, trust_remote_code)
+    if not isinstance(pipeline, CM3LeonPipeline | TransfusionPipeline):
+        raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not {deed}.")
+    return pipeline
 
 
 def check_retrieval(retrieval_dir: Path | None, num_retrieved: int | None) -> None:
