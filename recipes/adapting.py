@@ -1,4 +1,8 @@
-"""Low-rank adapters for the recipes: put into a model, saved alone, merged into a copy."""
+"""Low-rank adapters for the recipes: put into a model, saved alone, merged into a copy.
+
+`PeftModel.from_pretrained(base, folder / "adapter")` opens those that were saved alone. The `load_adapter` of
+transformers 5.23 does so for LoRA, but leaves out the sizes that DoRA tunes.
+"""
 
 import copy
 from dataclasses import dataclass, field

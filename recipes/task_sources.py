@@ -201,7 +201,9 @@ def encode_source(
         pictures, places = flatten_messages(rows)
     else:
         slots = [column for column, kind in rows.features.items() if isinstance(kind, Image)]
-        parts = [rows.select_columns([slot]).rename_columns({slot: "image"} if slot != "image" else {}) for slot in slots]
+        parts = [
+            rows.select_columns([slot]).rename_columns({slot: "image"} if slot != "image" else {}) for slot in slots
+        ]
         pictures = concatenate_datasets(parts) if parts else None
         places = {slot: np.arange(len(rows)) + number * len(rows) for number, slot in enumerate(slots)}
         rows = rows.remove_columns(slots)

@@ -1,0 +1,154 @@
+"""Instruction tuning as a user runs it, with models of a few thousand weights: both families, adapters, resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForMultimodalLM
+
+import sft
+from hf_mm.training.checkpoint import list_checkpoints
+
+
+SOURCES = ["edit@icon_scenes:shapes", "vqa@icon_scenes:shapes"]
+
+
+@pytest.fixture
+def tune(tmp_path: Path):
+    """Tunes in this process; returns the run's folder."""
+
+    def run(base: Path, folder: str = "tuned", **fields: object) -> Path:
+        fields = {
+            "model_name_or_path": base,
+            "sources": SOURCES,
+            "num_task_scenes": 40,
+            "num_scenes": 20,
+            "num_eval_rows": 3,
+            "num_samples": 2,
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.01,
+            "logging_steps": 1,
+            "max_spans": 1,
+            "mixed_precision": "no",
+            "report_to": "none",
+            "output_dir": tmp_path / folder,
+            **fields,
+        }
+        words = []
+        for name, value in fields.items():
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return sft.main(words)
+
+    return run
+
+
+@pytest.fixture
+def transfusion(run) -> Path:
+    return run("base", max_steps=1)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_tuning_leaves_a_model_its_scores_and_pictures_of_its_tasks(transfusion, tune, entries):
+    folder = tune(transfusion, eval_steps=2, edit_template="Edit first image following the instruction<image>{prompt}")
+    table = (folder / "tasks.md").read_text()
+    assert "step 0" in table and "step 2" in table
+    for source, rate in ((SOURCES[0], "edit_success"), (SOURCES[1], "answer_accuracy")):
+        assert f"| {source} | {rate} |" in table
+    assert len(list((folder / "tasks").glob("*.png"))) == 4
+    assert entries(folder)[2]["num_images_seen"] > 0
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert pipe.processor.edit_template.startswith("Edit first image")
+    assert pipe("make it blue", image=Image.new("RGB", (16, 16))).images[0].size == (16, 16)
+    before, after = weights_of(transfusion), weights_of(folder)
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_models_of_codes_are_tuned_on_codes_of_their_own_tokenizer(run, codes, tune):
+    base = run("base", max_steps=1, **codes)
+    folder = tune(base, eval_steps=2, reports_start=False, answer_masking_share=0.8)
+    manifest = json.loads((folder / "encoded" / "00-edit" / "manifest.json").read_text())
+    assert list(manifest["columns"]) == ["codes"] and manifest["num_rows"] == 80
+    assert "step 2" in (folder / "tasks.md").read_text()
+    assert DiffusionPipeline.from_pretrained(folder).caption([Image.new("RGB", (16, 16))], prompt="what?")
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(transfusion, tune, entries):
+    whole = entries(tune(transfusion, "whole", max_steps=4, save_steps=2))
+    folder = tune(transfusion, "cut", max_steps=4, save_steps=2)
+    last = list_checkpoints(folder)[-1]
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    again = entries(tune(transfusion, "cut", max_steps=4, save_steps=2))
+    assert again[4] == whole[4]
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_adapters_alone_on_their_base_are_the_merged_model(use_dora, transfusion, tune):
+    folder = tune(transfusion, lora_rank=2, use_dora=use_dora, eval_steps=3)
+    merged = AutoModelForMultimodalLM.from_pretrained(folder)
+    assert not any("lora" in name for name in merged.state_dict())
+    adapted = AutoModelForMultimodalLM.from_pretrained(transfusion)
+    base = {name: weight.clone() for name, weight in adapted.state_dict().items()}
+    adapted = PeftModel.from_pretrained(adapted, folder / "adapter")
+    ids = torch.randint(6, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = merged(input_ids=ids).logits, adapted(input_ids=ids).logits
+        plain = AutoModelForMultimodalLM.from_pretrained(transfusion)(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert (expected - plain).abs().max() > 1e-4
+    kept = [name for name, weight in merged.state_dict().items() if torch.equal(weight, base[name])]
+    assert any("embed" in name for name in kept)  # what has no adapter stays as it was
+
+
+def test_own_edits_and_conversations_are_tuned_on(transfusion, tune, tmp_path):
+    red, blue = (Image.new("RGB", (20, 16), color) for color in ("red", "blue"))
+    edits = {"input_image": [red] * 12, "instruction": ["make it blue"] * 12, "image": [blue] * 12}
+    Dataset.from_dict(edits).save_to_disk(tmp_path / "edits")
+    part = [{"type": "text", "text": "hi", "image": None}]
+    answer = [{"type": "image", "text": None, "image": red}]
+    messages = [{"role": "user", "content": part}, {"role": "assistant", "content": answer}]
+    rows = Dataset.from_dict({"messages": [messages] * 12})
+    rows.save_to_disk(tmp_path / "chats")
+    sources = [f"edit@{tmp_path / 'edits'}", f"chat@{tmp_path / 'chats'}"]
+    folder = tune(transfusion, sources=sources, rehearsal_share=0.0, train_on_inputs=False, eval_steps=2)
+    assert (folder / "model.safetensors").exists() and len(list((folder / "tasks").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sources": ["edit@icon_scenes:shapes"] * 2}, "an entry twice"),
+        ({"sources": ["juggle@icon_scenes:shapes"]}, "names the task 'juggle'"),
+        ({"sources": ["nothing_known"]}, "'nothing_known' is unknown"),
+        ({"source_shares": [1.0]}, "`source_shares` has 1 entries and `sources` 2"),
+        ({"rehearsal_share": 1.0}, "`rehearsal_share`=1.0"),
+        ({"use_dora": True}, "need a `lora_rank` above 0"),
+        ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_by_name(fields, message, transfusion, tune):
+    with pytest.raises(ValueError, match=message):
+        tune(transfusion, **fields)
+
+
+def test_an_edit_whose_pictures_differ_in_size_is_refused_with_its_row(transfusion, tune, tmp_path):
+    sizes = [(16, 16), (16, 16), (24, 16)]
+    rows = {
+        "input_image": [Image.new("RGB", (16, 16))] * 3,
+        "instruction": ["x"] * 3,
+        "image": [Image.new("RGB", size) for size in sizes],
+    }
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "edits")
+    with pytest.raises(ValueError, match="Row 2"):
+        tune(transfusion, sources=[f"edit@{tmp_path / 'edits'}"])
