@@ -43,6 +43,9 @@ class RetrievalEvaluation:
     scene_kind: str = field(default="single_object", metadata={"help": "Kind of scene, of one object."})
     num_scenes: int = field(default=256, metadata={"help": "Prompts of a seed."})
     guidance_scale: float | None = field(default=None, metadata={"help": "1 is off; none: the model's."})
+    image_guidance_scale: float | None = field(
+        default=None, metadata={"help": "How closely to follow the documents, beside the text; none: not at all."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Pictures drawn at once."})
     output_dir: str = field(default="runs/retrieval_evaluation", metadata={"help": "For table, scores and picture."})
 
@@ -86,6 +89,7 @@ def score_seed(
             retrieved=[documents[:count] for documents in found.documents],
             verb=f"seed {seed}, {count} documents",
             guidance_scale=recipe.guidance_scale,
+            image_guidance_scale=recipe.image_guidance_scale if count else None,
         )
         verdicts = score_pictures(pictures, scenes, recipe.glyph_set)["overall"]
         scores.append({"seed": seed, "num_retrieved": count, "document_matches": matching, **verdicts})

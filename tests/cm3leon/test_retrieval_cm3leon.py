@@ -56,7 +56,8 @@ def watch_drawing(pipe):
         streams = [[row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]]
         if "negative_input_ids" in kwargs:
             pairs = zip(kwargs["negative_input_ids"], kwargs["negative_attention_mask"], strict=True)
-            streams.append([row[0][keep[0].bool()].tolist() for row, keep in pairs])
+            by_row = [[ids[mask.bool()].tolist() for ids, mask in zip(row, keep, strict=True)] for row, keep in pairs]
+            streams += map(list, zip(*by_row, strict=True))
         seen.append(streams)
         return draw(ids, mask, **kwargs)
 
@@ -84,6 +85,21 @@ def test_documents_stand_before_the_prompt_in_both_streams_and_the_prompt_in_one
     for document in documents[:2]:
         shown += [document["text"], "<break>", document["image"], "<break>"]
     assert seen == [[[lay_out(pipe, *shown, "orange", "<break>")], [lay_out(pipe, *shown)]]]
+
+
+def test_documents_may_be_followed_by_a_scale_of_their_own(make_pipeline, documents):
+    pipe = make_pipeline()
+    seen = watch_drawing(pipe)
+    codes_of(pipe, ["orange", "kite"], retrieved=[documents[:1], []], image_guidance_scale=1.5)
+    unknown = pipe.processor.unconditional_prompt()
+    shown = ["<eos>", documents[0]["text"], "<break>", documents[0]["image"], "<break>"]
+    (_, without_text, without_documents) = seen[0]
+    assert without_text == [lay_out(pipe, *shown), unknown] and without_documents == [unknown] * 2
+    plain = codes_of(pipe, "orange", retrieved=[documents[:1]])
+    assert (codes_of(pipe, "orange", retrieved=[documents[:1]], image_guidance_scale=1.0) == plain).all()
+    assert (codes_of(pipe, "orange", retrieved=[documents[:1]], image_guidance_scale=4.0) != plain).any()
+    with pytest.raises(ValueError, match="needs an `image` or documents to follow"):
+        pipe("orange", image_guidance_scale=2.0)
 
 
 def test_a_prompt_is_the_training_document_up_to_its_picture(make_pipeline, documents):
@@ -118,7 +134,7 @@ def test_documents_change_the_scores_of_either_stream(make_pipeline, documents):
     pipe = make_pipeline()
     logits = []
     for document in documents[:2]:
-        rows, others = pipe._lay_out_retrieved(["kite"], [[document]])
+        rows, others = pipe._lay_out_retrieved(["kite"], [[document]], 1)
         logits += [pipe.model(torch.tensor([ids])).logits[0, -1] for ids in (rows[0], others[0][0])]
     for one in range(4):
         for other in range(one):

@@ -197,8 +197,8 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
                 Pictures drawn from each prompt, of which the reranker keeps the best `num_images_per_prompt`, best
                 first.
             image_guidance_scale (`float`, defaults to 1.0):
-                How closely to follow `image`; 1 is off. With a picture `guidance_scale` leads away from the same
-                prompt without its instruction, whose words of the task stay.
+                How closely to follow `image`, or the documents before the prompt; 1 is off. Without it guidance
+                follows the text alone: what stands before it, and a template's words of the task, are in both streams.
             do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.
             temperature (`float`, *optional*): Divides the scores. Defaults to the model's `image_temperature`.
             top_k (`int`, *optional*): Draws from that many best codes only.
@@ -239,8 +239,6 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         )  # fmt: skip
         prompts = [prompt] if isinstance(prompt, str) else prompt
         images = None if image is None else image if isinstance(image, list) else [image]
-        if images is None and image_guidance_scale != 1:
-            raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` to follow.")
         sampling = self._sampling(
             guidance_scale,
             image_guidance_scale=image_guidance_scale,
@@ -259,8 +257,10 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
                 "text. Give a text, or use `decoding='top_p'`."
             )
         documents = self._find_documents(prompts, images, retriever, num_retrieved, retrieved)
+        if images is None and not any(documents) and image_guidance_scale != 1:
+            raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` or documents to follow.")
         laid_out = (
-            self._lay_out_retrieved(prompts, documents)
+            self._lay_out_retrieved(prompts, documents, len(sampling.scales))
             if any(documents)
             else self._lay_out_prompts(prompts, images, sampling)
         )

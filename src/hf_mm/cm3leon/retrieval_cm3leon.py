@@ -66,15 +66,15 @@ class RetrievalMixin:
         return documents
 
     def _lay_out_retrieved(
-        self, prompts: list[str], documents: list[list[Mapping[str, Any]]]
+        self, prompts: list[str], documents: list[list[Mapping[str, Any]]], num_others: int
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Ids of each prompt behind its documents, and of its unconditional stream.
+        """Ids of each prompt behind its documents, and of the other streams of guidance.
 
         A prompt is `<eos> T1 <break> I1 <break> T2 <break> I2 <break> Tq <break>`, documents in the order given, the
         retriever's best first: RA-CM3 numbers them so, and training, which shuffles them, prefers no order. The
         unconditional stream is the same without `Tq <break>`: documents stay in both streams, for it is the text that
         guidance follows, and no sentinel stands for the text. A prompt without documents is as ever, its unconditional
-        stream `<eos> <sentinel:0> <break>`.
+        stream `<eos> <sentinel:0> <break>`, which is also the last stream where the documents are followed too.
 
         Raises:
             ValueError: If a prompt leaves no room for the picture.
@@ -86,10 +86,11 @@ class RetrievalMixin:
         rows, others = [], []
         for number, (text, parts) in enumerate(zip(prompts, self._encode_documents(documents), strict=True)):
             known = [tokenizer.eos_token_id, *(token for part in parts for token in part)]
-            unconditional = known if parts else self.processor.unconditional_prompt()
+            unknown = self.processor.unconditional_prompt()
+            unconditional = known if parts else unknown
             query = [*self._encode_part([{"type": "text", "text": text}]), tokenizer.break_token_id]
             rows.append([*known, *query] if text else unconditional)
-            others.append([unconditional])
+            others.append([unconditional, unknown][:num_others])
             self._check_documents_fit(number, list(map(len, parts)), len(rows[-1]))
         return rows, others
 
