@@ -219,6 +219,21 @@ def test_where_no_person_is_found_nothing_is_drawn(pose_model: str, tmp_path: Pa
     assert not drawn(made).any()
 
 
+def test_persons_alone_are_handed_on_as_corner_and_size() -> None:
+    found = [("person", 3), ("dog", 33)]
+    boxes = [{"label": name, "box": {"xmin": x, "ymin": 5, "xmax": x + 12, "ymax": 25}} for name, x in found]
+    assert control_images._find_persons(square(), lambda image, threshold: boxes) == [[3, 5, 12, 20]]
+
+
+def test_a_limb_is_drawn_between_points_that_were_found() -> None:
+    canvas = PILImage.new("RGB", (WIDTH, HEIGHT))
+    control_images._draw_skeleton(ImageDraw.Draw(canvas), {5: (5.0, 20.0), 7: (45.0, 20.0), 16: (25.0, 35.0)}, 1)
+    pixels = np.asarray(canvas)
+    assert pixels[20, 25].any()  # from the left shoulder to the left elbow
+    assert pixels[35, 25].all()  # a point without a limb
+    assert not pixels[27, :].any()
+
+
 def test_a_structure_task_computes_its_control_pictures(tmp_path: Path) -> None:
     rows(square(), square()).save_to_disk(str(tmp_path / "rows"))
     made = load_task_rows("canny", dataset_name=tmp_path / "rows")

@@ -30,8 +30,8 @@ from hf_mm.data.tasks import (
 
 NAMES = {"edit", "write", "boxes", "caption", "long_caption", "dense_caption", "vqa", "reasoning", "text"}
 PUBLIC = {
-    "instructpix2pix", "magicbrush", "coco_captions", "flickr30k", "image_paragraph", "localized_narratives", "vqav2",
-    "vizwiz", "okvqa", "scienceqa", "coco_boxes", "objects365_boxes", "openimages_boxes",
+    "instruct_pix2pix", "magic_brush", "coco_captions", "flickr30k", "image_paragraph", "localized_narratives", "vqa_v2",
+    "vizwiz", "ok_vqa", "science_qa", "coco_boxes", "objects365_boxes", "openimages_boxes",
 }  # fmt: skip
 WORDS = {
     "answer": "red", "caption": "a red star", "choices": "(A) red (B) blue", "context": "None.", "explanation": "It is.",
@@ -286,7 +286,7 @@ def test_columns_of_a_named_source_become_slots(tmp_path: Path) -> None:
         "edited_image": [encoded(picture(color="blue"))] * 2,
     }
     name = saved(tmp_path, columns, original_image=Image(), edited_image=Image())
-    rows = load_task_rows("instructpix2pix", dataset_name=name)
+    rows = load_task_rows("instruct_pix2pix", dataset_name=name)
     assert {"image", "input_image", "instruction"} <= set(rows.column_names)
     assert rows["instruction"][:] == ["make it blue", "again"]
     assert rows.features["image"] == Image(decode=False)
@@ -329,7 +329,7 @@ def test_the_number_of_a_choice_becomes_its_words(tmp_path: Path) -> None:
         "answer": [2, 0], "hint": ["", "h"], "solution": ["Look.", ""],
     }  # fmt: skip
     name = saved(tmp_path, columns, image=Image())
-    rows = load_task_rows("scienceqa", dataset_name=name)
+    rows = load_task_rows("science_qa", dataset_name=name)
     assert rows["answer"][:] == ["pink", "red"]
     assert rows["choices"][0] == "(A) red (B) blue (C) pink"
     assert [fitting_templates("reasoning", row) for row in rows.remove_columns("image")] == [[0, 1], [0]]
