@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
 import sft
+from hf_mm.data.tasks import SOURCES as SOURCES_OF_PAPER
+from hf_mm.data.tasks import TASKS
 from hf_mm.training.checkpoint import list_checkpoints
+from hf_mm.training.recipe import parse_recipe
 
 
 SOURCES = ["edit@icon_scenes:shapes", "vqa@icon_scenes:shapes"]
@@ -152,3 +155,26 @@ def test_an_edit_whose_pictures_differ_in_size_is_refused_with_its_row(transfusi
     Dataset.from_dict(rows).save_to_disk(tmp_path / "edits")
     with pytest.raises(ValueError, match="Row 2"):
         tune(transfusion, sources=[f"edit@{tmp_path / 'edits'}"])
+
+
+# CM3Leon (arXiv 2309.02591), appendix E: GPUs; 30B tokens in steps of 2M.
+@pytest.mark.parametrize(("size", "num_gpus"), [("760m", 64), ("7b", 128)])
+def test_numbers_of_the_paper_stand_in_the_recipe_of_each_size(size, num_gpus):
+    path = Path(__file__).parents[2] / "recipes" / "configs" / f"cm3leon_{size}_sft.yaml"
+    parsed = parse_recipe(*sft.ARGUMENTS, argv=["--config", str(path)])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert (values["learning_rate"], values["warmup_steps"], values["max_steps"]) == (5e-5, 150, 15_000)
+    rows = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * num_gpus
+    assert rows * 1_570 == pytest.approx(2e6, rel=0.02)  # 1,040 tokens of one picture, 2,100 of two, as many of each
+    assert set(values["sources"]) < set(SOURCES_OF_PAPER) and values["clips_shares"] and values["train_on_inputs"]
+    assert f"on {num_gpus} GPUs" in path.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("family", ["transfusion", "cm3leon"])
+def test_the_small_recipes_name_what_there_is(family):
+    path = Path(__file__).parents[2] / "recipes" / "configs" / f"{family}_tiny_sft.yaml"
+    parsed = parse_recipe(*sft.ARGUMENTS, argv=["--config", str(path)])
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert all(source.split("@")[0] in TASKS for source in values["sources"])
+    assert sum(values["source_shares"]) == pytest.approx(1)
+    assert values["model_name_or_path"] == f"runs/{family}_tiny"
