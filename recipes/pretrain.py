@@ -9,7 +9,6 @@ The same command goes on where a stopped run was. The output folder is then a Hu
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,11 +36,10 @@ from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
 from hf_mm.data.retrieved_documents import MemoryBank, RetrievalArguments, RetrievedPairs
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.training.checkpoint import Checkpoints
-from hf_mm.training.history import read_history
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
-from reporting import RunReport, finish_run, first_captions
+from reporting import RunReport, describe_run, finish_run, first_captions
 from retrieving import TrainingMemory
 
 
@@ -167,25 +165,6 @@ def build_sampler(
     )
 
 
-def describe_run(
-    argv: Sequence[str],
-    accelerator: Accelerator,
-    recipe: TrainingRecipe,
-    rows: RunRows,
-    progress: TrainingProgress,
-) -> dict[str, Any]:
-    """Lists what a model card says of the finished run."""
-    history = read_history(Path(recipe.output_dir) / "history.jsonl") if accelerator.is_main_process else []
-    return {
-        "command": f"recipes/pretrain.py {shlex.join(argv)}",
-        "num_processes": accelerator.num_processes,
-        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
-        "num_rows": len(rows.pairs),
-        "step": progress.step,
-        "num_seen": progress.num_seen,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, shows samples on the way, and exports the finished model."""
     argv = sys.argv[1:] if argv is None else argv
@@ -236,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         progress=progress,
         every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate)],
     )
-    facts = describe_run(argv, accelerator, recipe, rows, progress)
+    facts = describe_run("pretrain.py", argv, accelerator, recipe, len(rows.pairs), progress)
     run_report.export(facts, asdict(recipe) | identity, rows.caption_report)  # by all: weights may be sharded
     told = f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes."
     finish_run(accelerator, recipe, lambda: told)

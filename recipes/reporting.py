@@ -3,7 +3,8 @@
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from hf_mm.data.formats import iterate_captions
 from hf_mm.hub import export_folder, push_folder
 from hf_mm.text_to_image import build_drawing_pipeline
 from hf_mm.training.held_out import held_out_loss
+from hf_mm.training.history import read_history
+from hf_mm.training.loop import TrainingProgress
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.recipe import TrainingRecipe
 from hf_mm.training.samples import save_captioned_grid
@@ -40,6 +43,38 @@ def first_captions(rows: Dataset, num_rows: int) -> list[str]:
     """The first caption of each of the first rows that have one, as prompts where a recipe names none."""
     captions = (next(iterate_captions(rows.select([number])), None) for number in range(len(rows)))
     return list(itertools.islice(filter(None, captions), num_rows))
+
+
+def describe_run(
+    script: str,
+    argv: Sequence[str],
+    accelerator: Accelerator,
+    recipe: TrainingRecipe,
+    num_rows: int,
+    progress: TrainingProgress,
+) -> dict[str, Any]:
+    """Lists what a model card says of a finished run.
+
+    Args:
+        script (`str`): File name of the recipe.
+        argv (`Sequence[str]`): Its command line.
+        accelerator (`Accelerator`): Of the run.
+        recipe (`TrainingRecipe`): Of the run.
+        num_rows (`int`): Rows that it read from.
+        progress (`TrainingProgress`): How far it came.
+
+    Returns:
+        `dict`: command, processes, minutes in training steps, rows, steps, and what was seen by kind.
+    """
+    history = read_history(Path(recipe.output_dir) / "history.jsonl") if accelerator.is_main_process else []
+    return {
+        "command": f"recipes/{script} {shlex.join(argv)}",
+        "num_processes": accelerator.num_processes,
+        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
+        "num_rows": num_rows,
+        "step": progress.step,
+        "num_seen": progress.num_seen,
+    }
 
 
 def finish_run(accelerator: Accelerator, recipe: TrainingRecipe, finish: Callable[[], str]) -> None:

@@ -11,7 +11,6 @@ The same command goes on where a stopped run was. The output folder is then a Hu
 how well each task is done before and after, `tasks/` shows inputs, instructions and outputs.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,11 +28,10 @@ from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.task_documents import TaskArguments, TaskContent, TaskRows, TaskSourceRows
 from hf_mm.data.tasks import mixture_weights
 from hf_mm.training.checkpoint import Checkpoints
-from hf_mm.training.history import read_history
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
-from reporting import RunReport, finish_run, first_captions
+from reporting import RunReport, describe_run, finish_run, first_captions
 from task_report import TaskReport
 from task_sources import (
     OpenedSource,
@@ -131,21 +129,6 @@ def build_batches(
     return documents.endless(rows, None, sampler, recipe.seed, recipe.dataloader_num_workers)
 
 
-def describe_run(
-    argv: Sequence[str], accelerator: Accelerator, recipe: TrainingRecipe, rows: TaskRows, progress: TrainingProgress
-) -> dict[str, Any]:
-    """Lists what a model card says of the finished run."""
-    history = read_history(Path(recipe.output_dir) / "history.jsonl") if accelerator.is_main_process else []
-    return {
-        "command": f"recipes/sft.py {shlex.join(argv)}",
-        "num_processes": accelerator.num_processes,
-        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
-        "num_rows": len(rows),
-        "step": progress.step,
-        "num_seen": progress.num_seen,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Tunes, scores tasks on the way, and exports the finished model."""
     argv = sys.argv[1:] if argv is None else argv
@@ -197,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         progress=progress,
         every=[(recipe.eval_steps, tasks.report)],
     )
-    facts = describe_run(argv, accelerator, recipe, rows, progress)
+    facts = describe_run("sft.py", argv, accelerator, recipe, len(rows), progress)
     merge = None if adapted is None else lambda: merge_adapters(adapted, output_dir)
     run_report.export(facts, asdict(recipe) | identity, spell_shares(sources, shares), finish_model=merge)
     told = f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes."
