@@ -30,10 +30,10 @@ class Family:
     drawing: dict[str, Any]
 
 
-@pytest.fixture(params=["transfusion", "transfusion_unet", "cm3leon", "cm3leon_grid"])
+@pytest.fixture(params=["transfusion", "transfusion_unet", "cm3leon", "cm3leon_grid", "cm3leon_rotary"])
 def family(request, make_model, make_processor, make_cm3leon, make_cm3leon_processor):
     if request.param.startswith("cm3leon"):
-        model = make_cm3leon(image_positions="grid" if request.param.endswith("grid") else "running")
+        model = make_cm3leon(image_positions=request.param.partition("_")[2] or "running")
         processor, config = make_cm3leon_processor(model.config), model.config
         names = ("break", "eos", "eoss", "first_sentinel")
         ids = {f"{name}_token_id": config.to_dict()[f"{name}_token_id"] for name in names}

@@ -24,7 +24,7 @@ def llama():
     return GuidedLlama(config).eval()
 
 
-@pytest.fixture(params=["running", "grid"])
+@pytest.fixture(params=["running", "grid", "rotary"])
 def model(make_model, request):
     return make_model(image_positions=request.param)
 
@@ -343,7 +343,7 @@ def test_three_streams_follow_the_image_and_the_text(model):
     assert drawn == codes
 
 
-@pytest.mark.parametrize("image_positions", ["running", "grid"])
+@pytest.mark.parametrize("image_positions", ["running", "grid", "rotary"])
 def test_streams_whose_prompts_hold_codes_go_on_where_they_are(make_model, image_positions):
     """As in filling in a region: behind a sentinel in one stream, in the middle of the image in the other."""
     model = make_model(image_positions=image_positions)

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CM3LeonModel, modeling_cm3leon
 from hf_mm.cm3leon.layout_cm3leon import places_in_image, shift_labels
+from hf_mm.cm3leon.places_cm3leon import PlaceRotation
 
 
 EOS, PAD = 2, 0
@@ -191,6 +192,20 @@ def test_a_grid_tells_codes_their_place_and_adds_one_table(make_model):
     assert (other[:, first] - expected[:, first]).abs().max() > 1e-3
 
 
+def test_a_rotation_compares_the_place_to_come_with_the_same_place_elsewhere():
+    places = torch.tensor([[-1, 0, 1, 2, 3, -1, 0, 1, 2, 3, -1]])
+    rotation = PlaceRotation.of(places, 16, 4, torch.float64)
+    vector = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    same = vector.expand(1, 2, places.shape[1], 16)
+    query, key = rotation.rotate(same, same)
+    scores = query[0, 0] @ key[0, 0].T
+    for row, place in enumerate(places[0].tolist()):  # one vector everywhere: least rotated is most alike
+        aimed = places[0] == (place + 1 if place + 1 < 4 else 3)
+        assert scores[row][aimed].min() > scores[row][(places[0] >= 0) & ~aimed].max()
+    torch.testing.assert_close(query[..., 8:], same[..., 8:])
+    torch.testing.assert_close(query.norm(dim=-1), same.norm(dim=-1))
+
+
 def test_places_that_cannot_be_known_are_refused(make_model):
     model = make_model(image_positions="grid")
     row = documents(model.config)[0]
@@ -219,7 +234,7 @@ def test_padding_changes_nothing(make_model, side):
     torch.testing.assert_close(out.logits[:, kept], expected.logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("image_positions", ["running", "grid"])
+@pytest.mark.parametrize("image_positions", ["running", "grid", "rotary"])
 def test_packing_changes_nothing(make_model, image_positions):
     model = make_model(image_positions=image_positions).train()
     rows = documents(model.config)

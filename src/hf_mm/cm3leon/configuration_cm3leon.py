@@ -21,7 +21,7 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 CODE_TOKEN = "<code:{}>"
 SENTINEL_TOKEN = "<sentinel:{}>"
 
-IMAGE_POSITIONS = ("running", "grid")
+IMAGE_POSITIONS = ("running", "grid", "rotary")
 
 # Pixels per code where the configuration names no image tokenizer. Source: CM3Leon, section 2.1: 256 px, 1024 codes.
 PAPER_VQ_STRIDE = 8
@@ -55,8 +55,10 @@ class CM3LeonConfig(PreTrainedConfig):
         image_positions (`str`, defaults to `"running"`):
             `"running"`: codes have the running positions alone, as in the paper, so a picture's positions shift with
             the length of the text in front of it. `"grid"`: a learned embedding of a code's place in its image is
-            added, so that a small model need not find out where a row begins. Behind a gap in an image, and in a
-            span moved to the end, places are counted from 0 anew, in training as in drawing.
+            added, so that a small model need not find out where a row begins. `"rotary"`: beside it, attention is
+            rotated by places, so that a small model can look at the same place of another image, a picture that was
+            given or retrieved. Behind a gap in an image, and in a span moved to the end, places are counted from 0
+            anew, in training as in drawing.
         layer_norm_eps (`float`, defaults to 1e-5): Added to the variance by the layer norms, which have no weights.
         initializer_range (`float`, defaults to 0.006):
             Standard deviation of the weights, a normal cut at three of them.

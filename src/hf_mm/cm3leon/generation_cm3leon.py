@@ -440,7 +440,7 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         """Adds, behind a cache, the places of codes in their images, where the model wants to know them."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         rows = inputs["input_ids"]
-        if self.config.image_positions == "grid" and rows is not None and rows.shape[1] < input_ids.shape[1]:
+        if self.config.image_positions != "running" and rows is not None and rows.shape[1] < input_ids.shape[1]:
             whole = stack_streams(input_ids, kwargs.get("negative_input_ids"))
             places = places_in_image(whole, self.config)[:, -rows.shape[1] :]
             # Text without a mode may run on with codes beyond an image, which have no place in one.

@@ -37,6 +37,7 @@ from .layout_cm3leon import (
     running_positions,
     shift_labels,
 )
+from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
 
 
 # Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
@@ -73,14 +74,6 @@ class PositionEmbedding(nn.Embedding):
     """The learned positions: told apart because they begin smaller than other weights."""
 
 
-class ImagePlaceEmbedding(nn.Embedding):
-    """Tells each code its place in its image."""
-
-    def forward(self, places: torch.Tensor) -> torch.Tensor:
-        """Embeds places `(B, L)`, -1 for what is no code and gets zeros."""
-        return super().forward(places.clamp(min=0)) * (places >= 0)[..., None]
-
-
 class CM3LeonAttention(nn.Module):
     """Causal self-attention without biases."""
 
@@ -101,12 +94,15 @@ class CM3LeonAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
+        place_rotation: PlaceRotation | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Reads `hidden_states` behind what the cache holds; returns them and, eager, the attention weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
+        if place_rotation is not None:
+            query, key = place_rotation.rotate(query, key)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -211,7 +207,7 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.embed_places = None
-        if config.image_positions == "grid":
+        if config.image_positions != "running":
             self.embed_places = ImagePlaceEmbedding(config.tokens_per_image, config.hidden_size)
         self.layers = nn.ModuleList(CM3LeonDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config)
@@ -341,8 +337,8 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
                 Pictures in [-1, 1], encoded here with the frozen image tokenizer.
             image_places (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Place of each code in its image, -1 elsewhere; only for `image_positions="grid"`. Found in `input_ids`
-                if left out, unless these go on from a cache: `generate` gives it.
+                Place of each code in its image, -1 elsewhere; unread with `image_positions="running"`. Found in
+                `input_ids` if left out, unless these go on from a cache: `generate` gives it.
             use_cache (`bool`, *optional*): Whether to return `past_key_values`.
             kwargs: Passed on to the attention.
 
@@ -386,6 +382,11 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
             if places is None:
                 places = find_places(input_ids, self.config, goes_on=past_length > 0)
             hidden_states = hidden_states + self.embed_places(places)
+            if self.config.image_positions == "rotary":
+                head_dim = self.config.hidden_size // self.config.num_attention_heads
+                kwargs["place_rotation"] = PlaceRotation.of(
+                    places, head_dim, self.config.tokens_per_image, hidden_states.dtype
+                )
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
