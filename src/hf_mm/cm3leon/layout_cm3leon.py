@@ -113,7 +113,7 @@ def find_places(input_ids: torch.Tensor | None, config: CM3LeonConfig, *, goes_o
         ValueError: If the places cannot be known, or there are more codes in a row than an image has.
     """
     needed = (
-        '`image_places`, the place of each code in its image, -1 elsewhere, is needed unless `image_positions` is '
+        "`image_places`, the place of each code in its image, -1 elsewhere, is needed unless `image_positions` is "
         "'running' where `inputs_embeds` are given, or codes behind a filled cache."
     )
     if input_ids is None:
