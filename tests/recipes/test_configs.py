@@ -7,6 +7,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 import pretrain
+import sft
 import train_clip
 from building import ModelArguments, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
@@ -48,6 +49,8 @@ OPTIMISATION = {
 def kinds_of(config: Path) -> tuple[type, ...]:
     if config.name.startswith("clip"):
         return train_clip.ARGUMENTS
+    if config.stem.endswith("sft"):
+        return sft.ARGUMENTS
     return VAE_ARGUMENTS if config.name.startswith(("vae", "vq")) else pretrain.ARGUMENTS
 
 
@@ -62,7 +65,7 @@ def test_every_recipe_opens_with_paper_and_command_and_parses(config, monkeypatc
     monkeypatch.chdir(ROOT)
     comment = "".join(line for line in config.read_text().splitlines(True) if line.startswith("#"))
     assert config.read_text().startswith("#") and re.search(r"arXiv \d{4}\.\d{5}", comment)
-    recipes = {VAE_ARGUMENTS: "train_image_tokenizer", train_clip.ARGUMENTS: "train_clip"}
+    recipes = {VAE_ARGUMENTS: "train_image_tokenizer", train_clip.ARGUMENTS: "train_clip", sft.ARGUMENTS: "sft"}
     recipe = recipes.get(kinds_of(config), "pretrain")
     assert re.search(
         rf"# accelerate launch .*recipes/{recipe}\.py --config (recipes/configs/{config.name}|<this file>)", comment
