@@ -1,7 +1,8 @@
 """What the training recipes share: model and tokenizers from a recipe's fields, and batches of its rows."""
 
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -119,13 +120,16 @@ def load_config(arguments: ModelArguments) -> Any:
     return config
 
 
-def find_text_tokenizer(arguments: ModelArguments, rows: Dataset, run_dir: Path, accelerator: Accelerator) -> Any:
-    """Loads the text tokenizer; where the recipe names none, it is first trained on the captions of the rows."""
+def find_text_tokenizer(
+    arguments: ModelArguments, rows: Dataset, run_dir: Path, accelerator: Accelerator, more_texts: Iterable[str] = ()
+) -> Any:
+    """Loads the text tokenizer; where the recipe names none, it is first trained on the captions and `more_texts`."""
     name = arguments.tokenizer_name or arguments.model_name_or_path or str(run_dir / "text_tokenizer")
     with accelerator.main_process_first():
         if arguments.tokenizer_name is None and arguments.model_name_or_path is None and not Path(name).exists():
             draft = f"{name}.tmp"  # renamed when whole, for a run that is killed meanwhile
-            train_text_tokenizer(iterate_captions(rows), arguments.vocab_size).save_pretrained(draft)
+            texts = itertools.chain(iterate_captions(rows), more_texts)
+            train_text_tokenizer(texts, arguments.vocab_size).save_pretrained(draft)
             Path(draft).rename(name)
     return load_text_tokenizer(name)
 

@@ -41,6 +41,7 @@ from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
 from reporting import RunReport, describe_run, finish_run, first_captions
 from retrieving import TrainingMemory
+from task_sources import iterate_task_texts
 
 
 @dataclass
@@ -52,6 +53,13 @@ class PretrainArguments(HeldOutArguments):
     text_dataset_config_name: str | None = field(default=None, metadata={"help": "Their configuration."})
     text_dataset_split: str = field(default="train", metadata={"help": "Their split, e.g. train or train[:100000]."})
     text_dataset_column: str = field(default="text", metadata={"help": "Their column."})
+    tokenizer_sources: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tasks of tuning that a text tokenizer trained here learns the words and numbers of as well, "
+            "as in `sources` of recipes/sft.py."
+        },
+    )
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Of the grids; none: held-out captions."}
     )
@@ -179,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     open_size = {"image_size": config.image_size, "seed": recipe.seed}
     with accelerator.main_process_first():
         pairs = open_rows(data_args, **open_size)
-    tokenizer = find_text_tokenizer(model_args, pairs, output_dir, accelerator)
+    task_texts = iterate_task_texts(extra.tokenizer_sources, config.image_size, recipe.seed)
+    tokenizer = find_text_tokenizer(model_args, pairs, output_dir, accelerator, task_texts)
     model, processor = build_model(model_args, config, tokenizer)
     refuse_unfit_rows(pairs, data_args.dataset_name, model)
     form_weights = caption_args.form_weights()

@@ -3,8 +3,10 @@
 Rows are opened and checked, their pictures encoded once with the model's own image tokenizer, into the run's folder.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from hf_mm.data.tasks import (
 
 CHAT = "chat"
 NUM_SHARDS = 8
+NUM_TEXT_SCENES = 500  # of each task, for a tokenizer
 
 
 @dataclass
@@ -141,6 +144,32 @@ def open_source(spec: str, arguments: SourceArguments, image_size: int, seed: in
     )
 
 
+def iterate_task_texts(specs: Sequence[str], image_size: int, seed: int) -> Iterator[str]:
+    """Yields the texts of documents of tuning, for a text tokenizer to learn from.
+
+    Args:
+        specs (`list[str]`): Sources.
+        image_size (`int`): Pixels of pictures, which boxes are told in proportion to.
+        seed (`int`): Of embedded scenes.
+    """
+    arguments = SourceArguments(sources=list(specs), num_task_scenes=NUM_TEXT_SCENES) if specs else None
+    for spec in specs:
+        source = open_source(spec, arguments, image_size, seed)
+        slots = [name for name, kind in source.rows.features.items() if not isinstance(kind, Image)]
+        for row in source.rows if source.task is None else source.rows.select_columns(slots):
+            for parts in list_documents(source.task, row):
+                for kind, segment in itertools.groupby(parts, key=itemgetter("type")):
+                    if kind == "text":
+                        yield "".join(part["text"] for part in segment)
+
+
+def list_documents(task: Task | None, row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Lists the documents that a row may become, one for each template that it fits; conversations become one."""
+    if task is None:
+        return [[part for part in conversation_parts(row["messages"]) if part["type"] != "end_of_turn"]]
+    return [fill_template(task, row, number) for number in fitting_templates(task, row)]
+
+
 def _set_aside(spec: str, task: Task | None, rows: Dataset, num_rows: int, seed: int) -> OpenedSource:
     """Sets rows aside, a tenth of all at most; a single one is on both sides."""
     if len(rows) < 2:
@@ -157,10 +186,7 @@ def keep_fitting(source: OpenedSource, limit: DocumentLimit) -> Dataset:
     """
 
     def fits(row: dict[str, Any]) -> bool:
-        if source.task is None:
-            documents = [[part for part in conversation_parts(row["messages"]) if part["type"] != "end_of_turn"]]
-        else:
-            documents = [fill_template(source.task, row, number) for number in fitting_templates(source.task, row)]
+        documents = list_documents(source.task, row)
         return bool(documents) and all(limit.count(parts) + len(parts) <= limit.max_tokens for parts in documents)
 
     texts = [name for name, kind in source.rows.features.items() if not isinstance(kind, Image)]

@@ -30,7 +30,9 @@ class Family:
     drawing: dict[str, Any]
 
 
-@pytest.fixture(params=["transfusion", "transfusion_unet", "cm3leon", "cm3leon_grid", "cm3leon_rotary"])
+@pytest.fixture(
+    params=["transfusion", "transfusion_unet", "transfusion_rotary", "cm3leon", "cm3leon_grid", "cm3leon_rotary"]
+)
 def family(request, make_model, make_processor, make_cm3leon, make_cm3leon_processor):
     if request.param.startswith("cm3leon"):
         model = make_cm3leon(image_positions=request.param.partition("_")[2] or "running")
@@ -42,7 +44,9 @@ def family(request, make_model, make_processor, make_cm3leon, make_cm3leon_proce
             CodeDocuments, processor=processor, masking=masking, arguments=DocumentArguments(image_first_share=0.4)
         )
         return Family(model, processor, documents, {})
-    model = make_model(patch_layer="unet" if request.param.endswith("unet") else "linear")
+    variant = request.param.partition("_")[2]
+    positions = "rotary" if variant == "rotary" else "running"
+    model = make_model(patch_layer="unet" if variant == "unet" else "linear", patch_positions=positions)
     processor = make_processor(model.config)
     documents = partial(
         NoisedDocuments,

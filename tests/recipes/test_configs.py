@@ -157,4 +157,4 @@ def test_an_override_of_the_patch_size_changes_what_follows_from_it():
     assert config.text_config.hidden_size == 768
     tiny = ROOT / "recipes/configs/models/transfusion_tiny.json"
     config = load_config(ModelArguments(config_name=str(tiny), config_overrides="diffusion_loss_weight=3.0"))
-    assert config.diffusion_loss_weight == 3.0 and config.patch_positions == "grid" and config.image_size == 32
+    assert config.diffusion_loss_weight == 3.0 and config.patch_positions == "rotary" and config.image_size == 32

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,20 +128,19 @@ def test_a_run_without_retrieval_is_not_told_apart_by_its_fields(run, codes):
     assert "max_spans" in identity and "retrieved_counts" not in identity
 
 
-def test_the_tiny_recipe_is_that_without_retrieval_with_positions_for_all_pairs():
+def test_the_tiny_recipe_is_that_without_retrieval_and_has_positions_for_all_pairs():
     plain, own = (
         yaml.safe_load((CONFIGS / f"cm3leon_tiny_{name}.yaml").read_text()) for name in ("pretrain", "retrieval")
     )
     added = {"neighbors_dir", "retrieved_counts", "query_caption_dropout"}
-    assert own.keys() - plain.keys() == added and not plain.keys() - own.keys()
-    assert {name for name in plain if own[name] != plain[name]} == {"config_name", "output_dir"}
-    model, larger = (
+    assert own.keys() - plain.keys() == added and plain.keys() - own.keys() == {"tokenizer_sources"}
+    assert {name for name in plain if own[name] != plain[name]} == {"config_name", "output_dir", "vocab_size"}
+    model, retrieving = (
         json.loads((CONFIGS / "models" / f"cm3leon_{name}.json").read_text()) for name in ("tiny", "tiny_retrieval")
     )
-    positions = larger["max_position_embeddings"]
-    changed = {name for name in larger if larger[name] != model[name]}
-    assert larger.keys() == model.keys() and changed == {"max_position_embeddings", "image_positions"}
-    assert larger["image_positions"] == "rotary"  # to look at the same place of a retrieved picture
+    changed = {name for name in retrieving if retrieving[name] != model[name]}
+    assert retrieving.keys() == model.keys() and all(re.fullmatch("vocab_size|.+_token_id", name) for name in changed)
+    positions = retrieving["max_position_embeddings"]
     longest_caption = 19  # tokens of the text tokenizer that the recipe trains
     num_pairs = max(own["retrieved_counts"]) + 1
     assert num_pairs * (64 + 2 + longest_caption) + 1 + 3 * own["max_spans"] <= positions

@@ -93,7 +93,9 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("fields", [{}, {"patch_layer": "unet"}, {"patch_positions": "grid"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"patch_layer": "unet"}, {"patch_positions": "grid"}, {"patch_positions": "rotary"}]
+)
 @pytest.mark.parametrize("scale", [1, 2.5])
 def test_drawing_equals_ddpm_from_the_formulas_without_a_cache(make_model, fields, scale):
     model = make_model(**fields)

@@ -278,7 +278,7 @@ def test_training_computes_the_same_loss_as_evaluation_and_leaves_the_logits_out
     torch.testing.assert_close(trained.loss, evaluated.loss)
 
 
-@pytest.mark.parametrize("patch_positions", ["running", "grid"])
+@pytest.mark.parametrize("patch_positions", ["running", "grid", "rotary"])
 @pytest.mark.parametrize("patch_layer", ["linear", "unet"])
 def test_images_of_different_sizes_in_one_sequence_equal_each_size_by_itself(
     make_model, lay_out, patch_layer, patch_positions
@@ -658,7 +658,7 @@ def test_four_rows_are_learnt_by_heart(make_model, lay_out):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("patch_positions", ["running", "grid"])
+@pytest.mark.parametrize("patch_positions", ["running", "grid", "rotary"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_training_forward_compiles_without_graph_breaks(make_model, lay_out, packed, patch_positions):
     model = make_model(patch_positions=patch_positions).train()

@@ -15,7 +15,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 PATCH_LAYERS = ("linear", "unet")
 IMAGE_ATTENTIONS = ("bidirectional", "causal")
-PATCH_POSITIONS = ("running", "grid")
+PATCH_POSITIONS = ("running", "grid", "rotary")
 PATCH_SIZES = (1, 2, 4, 8)
 
 # (layers, hidden size, heads, SwiGLU hidden size). Source: Transfusion, table 2; the last column follows from Llama's
@@ -65,6 +65,9 @@ class TransfusionConfig(PreTrainedConfig):
         patch_positions (`str`, defaults to `"running"`):
             `"running"`: patches have the backbone's running positions alone, as in the paper. `"grid"`: an embedding
             of row and column is added to each, which tells a small model at once what it would have to find out.
+            `"rotary"`: besides, row and column take over the slower half of the backbone's rotations, so that a patch
+            finds its own place in another image; for copying what an edit keeps. A Llama checkpoint's text then reads
+            differently until trained.
         image_attention (`str`, defaults to `"bidirectional"`):
             Attention among the patches of one image: `"bidirectional"` or, for the ablation of table 5, `"causal"`.
         prediction_type (`str`, defaults to `"epsilon"`):
@@ -147,6 +150,10 @@ class TransfusionConfig(PreTrainedConfig):
                 "`vae_config` has no `scaling_factor`, and the model needs latents of unit variance. "
                 "recipes/encode_images.py measures it and keeps a copy of the autoencoder with it."
             )
+        head_dim = getattr(self.text_config, "head_dim", None)
+        head_dim = head_dim or self.text_config.hidden_size // self.text_config.num_attention_heads
+        if self.patch_positions == "rotary" and head_dim < 8:
+            raise ValueError(f"`patch_positions`='rotary' needs heads at least 8 wide; these are {head_dim}.")
         levels = self.patch_size.bit_length()
         if self.patch_layer == "unet" and len(self.unet_block_out_channels) != levels:
             raise ValueError(

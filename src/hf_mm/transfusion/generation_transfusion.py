@@ -20,7 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin
 
+from .layout_transfusion import find_grids
 from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler, set_timesteps
+from .places_transfusion import add_places
 
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -238,6 +240,9 @@ class TransfusionGenerationMixin(GenerationMixin):
             `torch.FloatTensor` of the shape of `latents`: the prediction, in the sense of `config.prediction_type`.
         """
         patches, skips = self.model.patch_in(latents.to(self.dtype), timesteps)
+        if self.config.patch_positions == "rotary":
+            grids = find_grids(latents.shape, None, self.config.patch_size)
+            position_ids = add_places(position_ids, torch.ones_like(position_ids, dtype=torch.bool), grids)
         hidden = self.model.language_model(
             inputs_embeds=patches,
             attention_mask=attention_mask,

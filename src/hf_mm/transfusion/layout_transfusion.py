@@ -119,8 +119,8 @@ def refuse_off_grid(height: int, width: int, patch_size: int) -> None:
         raise ValueError(f"an image is {height} x {width} latent pixels; both must be multiples of {patch_size}.")
 
 
-def count_patches(shape: torch.Size, image_sizes: torch.Tensor | None, patch_size: int) -> list[int]:
-    """Patches of each image of latents of `shape`, in reading order.
+def find_grids(shape: torch.Size, image_sizes: torch.Tensor | None, patch_size: int) -> list[tuple[int, int]]:
+    """Rows and columns of patches of each image of latents of `shape`, in reading order.
 
     Raises:
         ValueError: If an image is no multiple of the patch size.
@@ -128,7 +128,7 @@ def count_patches(shape: torch.Size, image_sizes: torch.Tensor | None, patch_siz
     sizes = [tuple(shape[-2:])] * shape[0] if image_sizes is None else image_sizes.tolist()
     for height, width in dict.fromkeys(map(tuple, sizes)):
         refuse_off_grid(height, width, patch_size)
-    return [height * width // patch_size**2 for height, width in sizes]
+    return [(height // patch_size, width // patch_size) for height, width in sizes]
 
 
 def find_patches(is_image: torch.Tensor, lengths: list[int]) -> torch.Tensor:

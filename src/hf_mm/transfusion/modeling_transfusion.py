@@ -29,13 +29,14 @@ from .layout_transfusion import (
     ImageStates,
     TransfusionModelOutput,
     TransfusionOutput,
-    count_patches,
+    find_grids,
     find_patches,
     image_block_ids,
     refuse_leaky_packing,
 )
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
 from .patching_transfusion import UNetPatchIn, build_patch_layers
+from .places_transfusion import PlaceRotaryEmbedding, add_places
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -82,6 +83,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.patch_positions == "rotary":
+            self.language_model.rotary_emb = PlaceRotaryEmbedding(config, self.language_model.rotary_emb)
         self.patch_in, self.patch_out = build_patch_layers(config)
         self.vae = None
         if config.vae_config is not None:
@@ -279,13 +282,18 @@ class TransfusionModel(TransfusionPreTrainedModel):
             if timesteps is None:
                 timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
             is_image = input_ids == self.config.image_token_id
-            lengths = count_patches(latents.shape, image_sizes, self.config.patch_size)
-            patch_index = find_patches(is_image, lengths)  # before the device has much to do, for the host waits here
+            grids = find_grids(latents.shape, image_sizes, self.config.patch_size)
+            patch_index = find_patches(
+                is_image, [height * width for height, width in grids]
+            )  # before the device has much to do, for the host waits here
             patches, groups = self.read_images(latents.to(inputs_embeds.dtype), timesteps, image_sizes)
             images = ImageStates(groups, timesteps, patch_index)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], patches.to(inputs_embeds.dtype))
             block_ids = image_block_ids(is_image)
             attention_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids, block_ids)
+            if self.config.patch_positions == "rotary":
+                past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+                position_ids = add_places(position_ids, is_image, grids, past_length)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

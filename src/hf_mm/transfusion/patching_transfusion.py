@@ -62,8 +62,10 @@ class NoGridEmbedder(nn.Module):
 
 
 def build_grid_embedder(config: TransfusionConfig) -> nn.Module:
-    """Builds the embedder that `config.patch_positions` names."""
-    return GridEmbedder(config.text_config.hidden_size) if config.patch_positions == "grid" else NoGridEmbedder()
+    """Builds the embedder that `config.patch_positions` asks for."""
+    if config.patch_positions == "running":
+        return NoGridEmbedder()
+    return GridEmbedder(config.text_config.hidden_size)
 
 
 class LinearPatchIn(nn.Module):
