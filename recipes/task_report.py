@@ -102,7 +102,9 @@ class TaskReport:
         with self.run_report.pipeline() as pipe:
             if pipe is None:
                 return
-            scores = {source.name: self._report_source(pipe, source, step) for source in self.sources}
+            answers = {source.name: self._answer(pipe, source, step) for source in self.sources}
+        scores = {source.name: score(source, answers[source.name]) for source in self.sources}
+        self._save_gallery(answers, step)
         logged = {f"tasks/{name}/{rate}": value for name, rates in scores.items() for rate, value in rates.items()}
         self.run_report.accelerator.log(logged, step=step)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,41 +113,79 @@ class TaskReport:
         (self.run_report.output_dir / "tasks.md").write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}\nStep {step}: tasks in {self.folder}.")
 
-    def _report_source(self, pipe: Any, source: OpenedSource, step: int) -> dict[str, float]:
+    def _answer(self, pipe: Any, source: OpenedSource, step: int) -> list[Any]:
         """Answers the held-out rows of a source and saves a grid of the first ones."""
         assert source.task is not None
-        rows, name = source.held_out, source.name
-        answers = answer(pipe, source.task, write_objects(rows), self.seed)
-        path = self.folder / f"{name.replace('@', '-').replace('/', '-').replace(':', '-')}-{step:06d}.png"
-        self._save_grid(source.task, rows, answers, path)
-        if "scene" not in rows.column_names or source.task.name not in SCORERS:
-            return {}
-        glyph_set = json.loads(rows[0]["scene"])["glyph_set"]
-        ruler = {
-            "glyphs": GLYPH_SETS[glyph_set],
-            "colors": OBJECT_COLORS,
-            "backgrounds": BACKGROUND_COLORS,
-            "render_glyph": render_glyph,
-        }
-        return SCORERS[source.task.name](answers, rows, ruler)
+        answers = answer(pipe, source.task, write_objects(source.held_out), self.seed)
+        cells = self._show(source, answers, self.num_samples, with_target=True)
+        if cells:
+            per_example = max(1, len(cells) // min(len(answers), self.num_samples))
+            name = source.name.replace("@", "-").replace("/", "-").replace(":", "-")
+            path = self.folder / f"{name}-{step:06d}.png"
+            num_columns = NUM_COLUMNS // per_example * per_example
+            save_captioned_grid(
+                [cell[0] for cell in cells], [cell[1] for cell in cells], path, num_columns=num_columns
+            )
+        return answers
 
-    def _save_grid(self, task: Task, rows: Dataset, answers: Sequence[Any], path: Path) -> None:
-        """Shows inputs, answers and what was asked for, an example beside the other."""
-        shown, captions = [], []
-        first = write_objects(rows.select(range(min(self.num_samples, len(rows)))))
-        for row, given in zip(first, answers, strict=False):
-            words, picture = ask(task, row)
-            if picture is not None:
-                shown.append(picture)
-                captions.append("given: " + words.replace("<image>", " "))
-            if task.answer in IMAGE_SLOTS:
-                shown += [Image.fromarray(given), open_image(row[task.answer])]
-                captions += ["drawn" if picture is not None else f"drawn: {words}", "asked for"]
-            else:
-                captions[-1] += f" -> {given}"
-        if shown:
-            per_example = len(shown) // min(len(answers), len(first))
-            save_captioned_grid(shown, captions, path, num_columns=NUM_COLUMNS // per_example * per_example)
+    def _save_gallery(self, answers: dict[str, list[Any]], step: int) -> None:
+        """Saves one grid of all sources, a row of inputs and answers of each that has as many."""
+        cells: list[tuple[Image.Image, str]] = []
+        for source in self.sources:
+            row = self._show(source, answers[source.name], NUM_COLUMNS, with_target=False)[:NUM_COLUMNS]
+            cells += row if len(row) == NUM_COLUMNS else []
+        if cells:
+            path = self.folder / f"gallery-{step:06d}.png"
+            save_captioned_grid(
+                [cell[0] for cell in cells], [cell[1] for cell in cells], path, num_columns=NUM_COLUMNS
+            )
+
+    @staticmethod
+    def _show(
+        source: OpenedSource, answers: Sequence[Any], num_examples: int, *, with_target: bool
+    ) -> list[tuple[Image.Image, str]]:
+        """Lists pictures with their words of the first rows of a source."""
+        assert source.task is not None
+        first = write_objects(source.held_out.select(range(min(num_examples, len(answers)))))
+        pairs = zip(first, answers, strict=False)
+        return [
+            cell for row, given in pairs for cell in show_example(source.task, row, given, with_target=with_target)
+        ]
+
+
+def score(source: OpenedSource, answers: Sequence[Any]) -> dict[str, float]:
+    """Scores the answers to held-out rows where their scenes are exact; nothing of other sources."""
+    rows = source.held_out
+    if "scene" not in rows.column_names or source.task is None or source.task.name not in SCORERS:
+        return {}
+    glyph_set = json.loads(rows[0]["scene"])["glyph_set"]
+    ruler = {
+        "glyphs": GLYPH_SETS[glyph_set],
+        "colors": OBJECT_COLORS,
+        "backgrounds": BACKGROUND_COLORS,
+        "render_glyph": render_glyph,
+    }
+    return SCORERS[source.task.name](answers, rows, ruler)
+
+
+def show_example(task: Task, row: dict[str, Any], given: Any, *, with_target: bool) -> list[tuple[Image.Image, str]]:
+    """Shows an answered row: what was given, what came, and what was asked for, each with its words.
+
+    Args:
+        task ([`Task`]): The task.
+        row (`dict`): With pictures.
+        given (`np.ndarray` or `str`): The answer.
+        with_target (`bool`): Whether to show the picture asked for beside the one drawn.
+
+    Returns:
+        `list[tuple[PIL.Image.Image, str]]`: pictures with their captions; a written answer has one picture.
+    """
+    words, picture = ask(task, row)
+    if task.answer not in IMAGE_SLOTS:
+        return [] if picture is None else [(picture, f"{words} -> {given}")]
+    shown = (Image.fromarray(given), f"drawn: {words}" if picture is None else "drawn")
+    cells = [shown] if picture is None else [(picture, words.replace("<image>", " ").strip()), shown]
+    return [*cells, (open_image(row[task.answer]), "asked for")] if with_target else cells
 
 
 def tabulate(folder: Path) -> str:

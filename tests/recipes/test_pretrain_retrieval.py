@@ -134,7 +134,11 @@ def test_the_tiny_recipe_is_that_without_retrieval_and_has_positions_for_all_pai
     )
     added = {"neighbors_dir", "retrieved_counts", "query_caption_dropout"}
     assert own.keys() - plain.keys() == added and plain.keys() - own.keys() == {"tokenizer_sources"}
-    assert {name for name in plain.keys() & own.keys() if own[name] != plain[name]} == {"config_name", "output_dir", "vocab_size"}
+    assert {name for name in plain.keys() & own.keys() if own[name] != plain[name]} == {
+        "config_name",
+        "output_dir",
+        "vocab_size",
+    }
     model, retrieving = (
         json.loads((CONFIGS / "models" / f"cm3leon_{name}.json").read_text()) for name in ("tiny", "tiny_retrieval")
     )
