@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,26 @@ def _score_captions(texts: Sequence[Any], rows: Dataset, ruler: dict[str, Any]) 
     return caption_accuracy(texts, rows["scene"], **words)
 
 
+def find_pictures(contents: Sequence[Sequence[dict[str, Any]]], rows: Dataset) -> list[np.ndarray]:
+    """Takes the first picture of each answer; what has none counts as black."""
+    sizes = [last_picture(row["messages"]).size for row in rows]
+    drawn = [[part["image"] for part in content if part["type"] == "image"] for content in contents]
+    return [np.asarray((found or [Image.new("RGB", size)])[0]) for found, size in zip(drawn, sizes, strict=True)]
+
+
+def last_picture(messages: Sequence[dict[str, Any]]) -> Image.Image | None:
+    """Finds the last picture of a conversation."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    pictures = [part["image"] for part in parts if part["type"] == "image"]
+    return open_image(pictures[-1]) if pictures else None
+
+
 SCORERS: dict[str, Scorer] = {
     "edit": lambda pictures, rows, ruler: edit_success(
         pictures, rows["input_scene"], rows["scene"], rows["edit"], **ruler
+    ),
+    "chat": lambda contents, rows, ruler: edit_success(
+        find_pictures(contents, rows), rows["input_scene"], rows["scene"], rows["edit"], **ruler
     ),
     "boxes": lambda pictures, rows, ruler: box_accuracy(pictures, rows["scene"], rows["objects"], **ruler),
     **dict.fromkeys(CONTROL_KINDS, _score_structure),
@@ -82,6 +100,15 @@ def answer(pipe: Any, task: Task, rows: Dataset, seed: int, batch_size: int = 32
     return answers
 
 
+def converse(pipe: Any, rows: Dataset, seed: int) -> list[list[dict[str, Any]]]:
+    """Has a pipeline give the last answer of conversations: the content of its message for each."""
+    answers = []
+    for number, row in enumerate(rows):
+        generator = torch.Generator().manual_seed(seed + number)
+        answers.append(pipe.chat(row["messages"][:-1], generator=generator)["content"])
+    return answers
+
+
 class TaskReport:
     """Answers held-out rows of each source, scores those of embedded scenes, and keeps a table and grids of all steps.
 
@@ -94,7 +121,7 @@ class TaskReport:
 
     def __init__(self, run_report: RunReport, sources: Sequence[OpenedSource], num_samples: int, seed: int) -> None:
         self.run_report, self.num_samples, self.seed = run_report, num_samples, seed
-        self.sources = [source for source in sources if source.task is not None and source.task.name != "text"]
+        self.sources = [source for source in sources if source.task is None or source.task.name != "text"]
         self.folder = run_report.output_dir / "tasks"
 
     def report(self, step: int) -> None:
@@ -115,8 +142,10 @@ class TaskReport:
 
     def _answer(self, pipe: Any, source: OpenedSource, step: int) -> list[Any]:
         """Answers the held-out rows of a source and saves a grid of the first ones."""
-        assert source.task is not None
-        answers = answer(pipe, source.task, write_objects(source.held_out), self.seed)
+        if source.task is None:
+            answers = converse(pipe, source.held_out, self.seed)
+        else:
+            answers = answer(pipe, source.task, write_objects(source.held_out), self.seed)
         cells = self._show(source, answers, self.num_samples, with_target=True)
         if cells:
             per_example = max(1, len(cells) // min(len(answers), self.num_samples))
@@ -145,18 +174,16 @@ class TaskReport:
         source: OpenedSource, answers: Sequence[Any], num_examples: int, *, with_target: bool
     ) -> list[tuple[Image.Image, str]]:
         """Lists pictures with their words of the first rows of a source."""
-        assert source.task is not None
-        first = write_objects(source.held_out.select(range(min(num_examples, len(answers)))))
-        pairs = zip(first, answers, strict=False)
-        return [
-            cell for row, given in pairs for cell in show_example(source.task, row, given, with_target=with_target)
-        ]
+        first = source.held_out.select(range(min(num_examples, len(answers))))
+        pairs = zip(first if source.task is None else write_objects(first), answers, strict=False)
+        show = show_conversation if source.task is None else partial(show_example, source.task)
+        return [cell for row, given in pairs for cell in show(row, given, with_target=with_target)]
 
 
 def score(source: OpenedSource, answers: Sequence[Any]) -> dict[str, float]:
     """Scores the answers to held-out rows where their scenes are exact; nothing of other sources."""
-    rows = source.held_out
-    if "scene" not in rows.column_names or source.task is None or source.task.name not in SCORERS:
+    rows, name = source.held_out, "chat" if source.task is None else source.task.name
+    if "scene" not in rows.column_names or name not in SCORERS:
         return {}
     glyph_set = json.loads(rows[0]["scene"])["glyph_set"]
     ruler = {
@@ -165,7 +192,7 @@ def score(source: OpenedSource, answers: Sequence[Any]) -> dict[str, float]:
         "backgrounds": BACKGROUND_COLORS,
         "render_glyph": render_glyph,
     }
-    return SCORERS[source.task.name](answers, rows, ruler)
+    return SCORERS[name](answers, rows, ruler)
 
 
 def show_example(task: Task, row: dict[str, Any], given: Any, *, with_target: bool) -> list[tuple[Image.Image, str]]:
@@ -186,6 +213,20 @@ def show_example(task: Task, row: dict[str, Any], given: Any, *, with_target: bo
     shown = (Image.fromarray(given), f"drawn: {words}" if picture is None else "drawn")
     cells = [shown] if picture is None else [(picture, words.replace("<image>", " ").strip()), shown]
     return [*cells, (open_image(row[task.answer]), "asked for")] if with_target else cells
+
+
+def show_conversation(
+    row: dict[str, Any], given: Sequence[dict[str, Any]], *, with_target: bool
+) -> list[tuple[Image.Image, str]]:
+    """Shows the end of a conversation as `show_example` does: the last picture, what was said then, and the answer."""
+    before, content = row["messages"][:-1], row["messages"][-2]["content"]
+    said = content if isinstance(content, str) else " ".join(part["text"] for part in content if part["text"])
+    written = " ".join(part["text"] for part in given if part["type"] == "text")
+    picture, drawn = last_picture(before), last_picture([{"content": given}])
+    cells = [] if picture is None else [(picture, said if drawn else f"{said} -> {written}")]
+    cells += [] if drawn is None else [(drawn, f"drawn: {written}" if written else "drawn")]
+    wanted = last_picture(row["messages"][-1:])
+    return [*cells, (wanted, "asked for")] if with_target and wanted is not None else cells
 
 
 def tabulate(folder: Path) -> str:

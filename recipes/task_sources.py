@@ -20,6 +20,7 @@ from encode_images import CodeEncoder, LatentEncoder
 from hf_mm.data.documents import DocumentLimit
 from hf_mm.data.fingerprints import digest_weights
 from hf_mm.data.image_encoding import Encoder, encode_rows, load_encoded, raw_pixels
+from hf_mm.data.scene_conversations import scene_conversation_dataset
 from hf_mm.data.scene_tasks import scene_task_dataset
 from hf_mm.data.sources import EMBEDDED
 from hf_mm.data.task_documents import TaskSourceRows
@@ -123,6 +124,14 @@ def open_source(spec: str, arguments: SourceArguments, image_size: int, seed: in
         ValueError: If the source names no task, or its rows do not fit it.
     """
     name, _, dataset_name = spec.partition("@")
+    drawn = {"glyph_set": dataset_name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
+    if name == CHAT and dataset_name.startswith(EMBEDDED):
+        return OpenedSource(
+            spec,
+            None,
+            scene_conversation_dataset(arguments.num_task_scenes, split="train", **drawn),
+            scene_conversation_dataset(arguments.num_eval_rows, split="validation", **drawn),
+        )
     if dataset_name and name == CHAT:
         return _set_aside(spec, None, load_messages(dataset_name), arguments.num_eval_rows, seed)
     if not dataset_name:
@@ -135,7 +144,6 @@ def open_source(spec: str, arguments: SourceArguments, image_size: int, seed: in
     if not dataset_name.startswith(EMBEDDED):
         rows = load_task_rows(name, dataset_name=dataset_name)
         return _set_aside(spec, TASKS[name], rows, arguments.num_eval_rows, seed)
-    drawn = {"glyph_set": dataset_name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
     return OpenedSource(
         spec,
         TASKS[name],

@@ -7,7 +7,7 @@ from PIL import Image
 from hf_mm.data.cm3_masking import CM3Masking, unmask_document
 from hf_mm.data.formats import RowError
 from hf_mm.data.mixing import DocumentArguments, SampleKey
-from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments
+from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, see_all_but_one
 
 
 PAD, BOS, EOS, BOI, EOI, IMAGE = range(6)
@@ -247,3 +247,13 @@ def test_what_belongs_to_noised_images_is_refused():
         code_documents_of([], DocumentArguments(noise_cap=500))
     with pytest.raises(ValueError, match="`caption_dropout`=0.1: documents with codes have masked captions instead"):
         code_documents_of([], DocumentArguments(caption_dropout=0.1))
+
+
+def test_of_several_drawn_answers_one_is_denoised_each_equally_often():
+    generator = torch.Generator().manual_seed(0)
+    assert see_all_but_one([False, True], generator) == [True, False]
+    assert see_all_but_one([False], generator) == [True] and see_all_but_one([], generator) == []
+    draws = [tuple(see_all_but_one([False, True, False, True, True], generator)) for _ in range(600)]
+    counts = {draw: draws.count(draw) for draw in set(draws)}
+    assert set(counts) == {tuple(number != noised for number in range(5)) for noised in (1, 3, 4)}
+    assert min(counts.values()) > 150

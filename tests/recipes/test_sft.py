@@ -127,7 +127,14 @@ def test_own_edits_and_conversations_are_tuned_on(transfusion, tune, tmp_path):
     rows.save_to_disk(tmp_path / "chats")
     sources = [f"edit@{tmp_path / 'edits'}", f"chat@{tmp_path / 'chats'}"]
     folder = tune(transfusion, sources=sources, rehearsal_share=0.0, train_on_inputs=False, eval_steps=2)
-    assert (folder / "model.safetensors").exists() and len(list((folder / "tasks").glob("*.png"))) == 2
+    assert (folder / "model.safetensors").exists() and len(list((folder / "tasks").glob("*.png"))) == 4
+
+
+def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
+    folder = tune(transfusion, sources=["chat@icon_scenes:shapes"], eval_steps=2)
+    table = (folder / "tasks.md").read_text()
+    assert "| chat@icon_scenes:shapes | edit_success | 0.0% | 0.0% |" in table
+    assert {path.name for path in (folder / "tasks").glob("*.png")} >= {"chat-icon_scenes-shapes-000002.png"}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ DEFAULT_EDIT_KINDS: dict[str, dict[str, float]] = {
     "shapes": {"color": 0.3, "glyph": 0.3, "background": 0.25, "size": 0.15},
     "icons": dict.fromkeys(EDIT_KINDS, 1.0),
 }
+CHAINED_KINDS = ("color", "glyph", "background")  # undone without a change to the picture after
 _SCENE_KINDS = {
     "color": {"single_object": 0.6, "two_object": 0.4},
     "glyph": {"single_object": 0.6, "two_object": 0.4},
@@ -207,14 +208,46 @@ def sample_edit(rng: random.Random, *, glyph_set: str, split: str, kinds: Mappin
     scene_kinds = {"single_object": 1.0} if glyph_set == "shapes" and kind in _LONE_WORDINGS else _SCENE_KINDS[kind]
     while True:
         scene = sample_scene(rng.getrandbits(48), glyph_set=glyph_set, split=split, kinds=scene_kinds)
-        number = rng.randrange(len(scene["objects"]))
-        if pair := _UNDO[kind](scene, number, rng):
-            before, after = pair
-            break
+        if sample := _edit_into(scene, kind, rng):
+            return sample
+
+
+def _edit_into(scene: Scene, kind: str, rng: random.Random) -> dict[str, Any] | None:
+    """Samples an edit of a kind that ends in a scene, or in one like it, if there is any."""
+    number = rng.randrange(len(scene["objects"]))
+    pair = _UNDO[kind](scene, number, rng)
+    if pair is None:
+        return None
+    before, after = pair
     edit = _describe_change(kind, before, after, number)
-    return {
-        "input_scene": before,
-        "scene": after,
-        "edit": edit,
-        "instruction": _word(edit, before, after, rng),
-    }
+    return {"input_scene": before, "scene": after, "edit": edit, "instruction": _word(edit, before, after, rng)}
+
+
+def sample_edits(
+    rng: random.Random, *, glyph_set: str, split: str, kinds: Mapping[str, float], num_edits: int
+) -> list[dict[str, Any]]:
+    """Samples edits of one picture, each of what the one before left; the last one is as `sample_edit` has it.
+
+    Args:
+        rng (`random.Random`): Source of all chance.
+        glyph_set (`str`): `"shapes"` or `"icons"`.
+        split (`str`): Of the last picture; all others show training combinations.
+        kinds (`Mapping[str, float]`): Weight of each kind; those before the last are of `CHAINED_KINDS`.
+        num_edits (`int`): At least 1.
+
+    Returns:
+        `list[dict]`: edits in order, the `scene` of each the `input_scene` of the next.
+
+    Raises:
+        ValueError: If there are several edits and none of `kinds` may come before another.
+    """
+    chained = {kind: weight for kind, weight in kinds.items() if kind in CHAINED_KINDS and weight > 0}
+    if num_edits > 1 and not chained:
+        raise ValueError(f"`kinds`={dict(kinds)} has none of {CHAINED_KINDS}, of which edits before another are.")
+    while True:
+        edits = [sample_edit(rng, glyph_set=glyph_set, split=split, kinds=kinds)]
+        for kind in rng.choices(tuple(chained), weights=tuple(chained.values()), k=num_edits - 1) if chained else ():
+            if earlier := _edit_into(edits[0]["input_scene"], kind, rng):
+                edits.insert(0, earlier)
+        if len(edits) == num_edits:
+            return edits

@@ -295,7 +295,7 @@ def _generate_rows(task: str, row_ranges: list[tuple[int, int]], **options: Any)
             yield draw_task_row(task, index, **options)
 
 
-def _drawing_version() -> str:
+def drawing_version() -> str:
     """Hashes what the rows depend on beside the arguments, so that a cached dataset is never a stale one."""
     folder = Path(__file__).parent
     sources = sorted([*folder.glob("icon_*.py"), *folder.glob("scene_*.py")])
@@ -352,5 +352,5 @@ def scene_task_dataset(
         gen_kwargs=arguments,
         num_proc=num_proc,
         split=datasets.NamedSplit(split),
-        fingerprint=Hasher.hash([arguments, _drawing_version()]),
+        fingerprint=Hasher.hash([arguments, drawing_version()]),
     )

@@ -152,8 +152,9 @@ class NoisedDocuments(TrainingDocuments):
         parts = [{**part, "size": next(sizes)[1:]} if part["type"] == "image" else part for part in content]
         document: Document = dict(self.processor.encode_document(parts))
         if (answer_mask := document.pop("answer_mask", None)) is not None:
-            # What is asked about is seen clean, and has no loss: only what answers is drawn.
-            document["clean_images"] = [not part["is_answer"] for part in content if part["type"] == "image"]
+            # What is asked about is seen clean, and has no loss: only what answers is drawn, one picture at a time.
+            answers = [part["is_answer"] for part in content if part["type"] == "image"]
+            document["clean_images"] = see_all_but_one(answers, generator)
             if self.task_content is not None and not self.task_content.arguments.train_on_inputs:
                 document["labels"] = keep_answers(document["labels"], answer_mask)
         document = self._fit(document, key, generator, has_images=bool(images))
@@ -274,6 +275,22 @@ class CodeDocuments(TrainingDocuments):
             if not retrieved.pairs or self.max_tokens is None or length <= self.max_tokens:
                 return document, retrieved
             retrieved = retrieved.without_least_relevant()
+
+
+def see_all_but_one(answers: Sequence[bool], generator: torch.Generator) -> list[bool]:
+    """Draws which of the drawn answers is denoised; all others are seen clean, as a later turn sees them.
+
+    Args:
+        answers (`list[bool]`): For each picture whether it is an answer.
+        generator (`torch.Generator`): Draws only where there are several.
+
+    Returns:
+        `list[bool]`: for each picture whether it is seen clean.
+    """
+    drawn = [number for number, is_answer in enumerate(answers) if is_answer]
+    if len(drawn) > 1:
+        drawn = [drawn[int(torch.randint(len(drawn), (1,), generator=generator))]]
+    return [number not in drawn for number in range(len(answers))]
 
 
 def keep_answers(labels: Sequence[int] | np.ndarray, is_answer: Sequence[int] | np.ndarray) -> np.ndarray:
