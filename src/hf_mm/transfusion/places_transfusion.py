@@ -14,6 +14,8 @@ from torch import nn
 from .configuration_transfusion import TransfusionConfig
 
 
+PLACE_BIAS = 1.2  # at heads 32 wide the same place scores e^4 times as high as one far off
+
 def add_places(
     position_ids: torch.Tensor | None,
     is_image: torch.Tensor,
@@ -51,6 +53,27 @@ def add_places(
     )
 
 
+@torch.no_grad()
+def look_at_own_place(language_model: nn.Module) -> None:
+    """Lets half of the heads of a new backbone begin by looking at a patch's own place in all pictures.
+
+    Where queries and keys have biases (`attention_bias` of Llama), those of the slower half get one value, so that
+    before any training the score of the same place is ahead of others'. Without it a model that has learned to draw
+    looks within the picture it draws, and in some thousand steps of tuning does not learn to copy from another.
+
+    Args:
+        language_model (`nn.Module`): Llama's decoder, whose rotations are [`PlaceRotaryEmbedding`]'s.
+    """
+    for layer in language_model.layers:
+        attention = layer.self_attn
+        for projection in (attention.q_proj, attention.k_proj):
+            if projection.bias is None:
+                continue
+            heads = projection.bias.view(-1, 2, attention.head_dim // 2)  # the members of a pair half a head apart
+            slower = attention.head_dim // 8 * 2
+            heads[: len(heads) // 2, :, -slower:] = PLACE_BIAS
+
+
 class PlaceRotaryEmbedding(nn.Module):
     """Rotates the faster half of a head by the running position, as the backbone does, and the slower by the place.
 
@@ -58,7 +81,8 @@ class PlaceRotaryEmbedding(nn.Module):
     stands, so that keeping what an edit leaves alone need not be learned first. Text counts as row 0, column 0.
 
     Args:
-        config (`TransfusionConfig`): Sets the slowest rotation, half a turn over a picture of `image_size`.
+        config (`TransfusionConfig`): Sets the slowest rotation, half a turn over a picture of `image_size`; the fastest
+            is half a turn a patch. Heads 8 wide have the slowest alone.
         rotary_emb (`nn.Module`): The backbone's, called as `rotary_emb(hidden_states, position_ids)`.
 
     Source: RoPE (arXiv 2104.09864) for the rotation, and Qwen2-VL (arXiv 2409.12191) for the three positions of one
@@ -85,7 +109,7 @@ class PlaceRotaryEmbedding(nn.Module):
         pairs = cos.shape[-1] // 2
         per_axis = pairs // 4
         slower = 2 * per_axis
-        steps = torch.arange(per_axis, device=cos.device) / per_axis
+        steps = torch.linspace(1, 0, per_axis, device=cos.device)
         angles = places[..., None] * (math.pi * float(self.side) ** -steps)  # (2, B, L, per_axis)
         angles = torch.cat([*angles], dim=-1)
 
