@@ -81,15 +81,16 @@ def score_seed(
     matching = share_matching(retriever.memory["scene"], found.ids, scenes)
     scores, shown, captions = [], [], []
     for count in recipe.nums_retrieved:
+        documents = [of_prompt[:count] for of_prompt in found.documents]
         pictures = draw_scenes(
             pipe,
             prompts,
             seed=seed * 1_000_003,
             batch_size=recipe.batch_size,
-            retrieved=[documents[:count] for documents in found.documents],
+            retrieved=documents,
             verb=f"seed {seed}, {count} documents",
             guidance_scale=recipe.guidance_scale,
-            image_guidance_scale=recipe.image_guidance_scale if count else None,
+            image_guidance_scale=recipe.image_guidance_scale if all(documents) else None,
         )
         verdicts = score_pictures(pictures, scenes, recipe.glyph_set)["overall"]
         scores.append({"seed": seed, "num_retrieved": count, "document_matches": matching, **verdicts})

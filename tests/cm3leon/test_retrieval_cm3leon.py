@@ -186,6 +186,14 @@ def test_the_retriever_is_asked_once_for_all_prompts_and_gives_what_is_given_by_
     assert retriever.asked == [(prompts, 1), (prompts, 2), (prompts, 2)]
 
 
+def test_an_empty_prompt_beside_others_asks_for_nothing(make_pipeline, documents):
+    pipe, retriever = make_pipeline(), FakeRetriever(documents)
+    drawn = codes_of(pipe, ["", "blue"], retriever=retriever, num_retrieved=1)
+    assert torch.equal(drawn, codes_of(pipe, ["", "blue"], retrieved=[[], documents[:1]]))
+    assert torch.equal(codes_of(pipe, "", retriever=retriever), codes_of(pipe, ""))
+    assert retriever.asked == [(["blue"], 1)]
+
+
 def test_codes_serve_as_well_as_pictures_and_every_picture_is_read_once(make_pipeline, documents):
     pipe = make_pipeline()
     first, second, _ = documents

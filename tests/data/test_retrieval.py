@@ -34,7 +34,9 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def write_vectors(folder: Path, seed: int = 0, encoder: str = "x", spread: float = 1.0) -> VectorFolder:
+def write_vectors(
+    folder: Path, seed: int = 0, encoder: str = "x", spread: float = 1.0, digest: str | None = None
+) -> VectorFolder:
     """Vectors that ask, of rows some of which have no image; a small spread makes them all alike."""
     rng = np.random.default_rng(seed)
     mean = unit(rng.normal(size=DIMENSION))
@@ -47,7 +49,7 @@ def write_vectors(folder: Path, seed: int = 0, encoder: str = "x", spread: float
     }
     manifest = {
         "encoder": encoder, "dimension": DIMENSION, "num_rows": NUM_ROWS, "num_shards": NUM_SHARDS,
-        "query_dropout": 0.2, "rows_digest": f"rows of {seed}",
+        "query_dropout": 0.2, "rows_digest": digest or f"rows of {seed}",
     }  # fmt: skip
     claim_folder(folder, manifest, "vectors made", {"encoder_name": encoder})
     features = Features({name: List(Value("float16"), length=DIMENSION) for name in columns})
@@ -151,6 +153,20 @@ def test_a_row_of_the_memory_bank_does_not_find_itself_in_a_folder_of_another_na
     same = write_vectors(tmp_path / "queries", encoder="x")
     found = open_neighbors(find_neighbors(same, memory, index, tmp_path / "out", STRATEGY))
     assert all(number not in ids for number, ids in enumerate(found["neighbor_ids"][:]))
+
+
+def test_a_row_does_not_find_itself_in_another_memory_bank_that_has_it_too(
+    bank: tuple[VectorFolder, Path], tmp_path: Path
+) -> None:
+    memory, index = bank
+    others = write_vectors(tmp_path / "queries", digest="of a larger dataset")
+    uncapped = replace(STRATEGY, max_relevance=1, max_similarity=1)
+    found = open_neighbors(find_neighbors(others, memory, index, tmp_path / "out", uncapped))
+    assert all(number not in ids for number, ids in enumerate(found["neighbor_ids"][:]))
+    rows = memory.load()[:]
+    asking = Queries(np.full(NUM_ROWS, -1), rows["vector"], rows["image_query"], rows["text_query"])
+    pools = NeighborFinder(memory, index).find(asking, uncapped).rows  # as a prompt asks, which may find its like
+    assert sum(number in pool for number, pool in enumerate(pools)) > 0.7 * NUM_ROWS
 
 
 def test_vectors_that_do_not_belong_together_are_refused(bank: tuple[VectorFolder, Path], tmp_path: Path) -> None:
@@ -276,6 +292,8 @@ def test_prompts_that_cannot_be_retrieved_for_are_refused(
         retriever.retrieve()
     with pytest.raises(ValueError, match="`texts` has 2 prompts and `images` 1"):
         retriever.retrieve(["a", "b"], [rows[0]["image"]])
+    with pytest.raises(ValueError, match="`texts`='a red star' is one text; give a list"):
+        retriever.retrieve("a red star")
     with pytest.raises(VectorError, match="Prompt 1: it has neither a text nor an image"):
         retriever.retrieve(["a", ""])
     other = ClipEncoder.from_pretrained(str(clip_dir))

@@ -67,7 +67,9 @@ def test_the_default_index_finds_the_true_neighbours_by_their_row_numbers(tmp_pa
     assert np.allclose(np.stack([rows["vector"] for rows in found]), stored)
 
 
-@pytest.mark.parametrize(("factory", "recall"), [(INVERTED, 0.95), ("HNSW8", 0.9), ("PCA11,IVF7,SQ8", 0.5)])
+@pytest.mark.parametrize(
+    ("factory", "recall"), [(INVERTED, 0.95), ("HNSW8", 0.9), ("PCA11,IVF7,SQ8", 0.5), ("PCA11,Flat", 0.6)]
+)
 def test_other_indexes_are_built_by_their_factory_string(tmp_path: Path, factory: str, recall: float) -> None:
     vectors = write_vectors(tmp_path / "vectors")
     index = open_index(build_index(vectors, tmp_path / "index", factory=factory), vectors)

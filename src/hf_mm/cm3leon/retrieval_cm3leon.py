@@ -58,7 +58,9 @@ class RetrievalMixin:
             raise ValueError(f"`num_retrieved`={num_retrieved} needs a `retriever` to find them.")
         if retriever is not None:
             wanted = DEFAULT_NUM_RETRIEVED if num_retrieved is None else num_retrieved
-            retrieved = retriever.retrieve(prompts, num_retrieved=wanted).documents if wanted else None
+            asked = [prompt for prompt in prompts if prompt]  # an empty one asks for nothing
+            found = iter(retriever.retrieve(asked, num_retrieved=wanted).documents if wanted and asked else ())
+            retrieved = [next(found, []) if prompt else [] for prompt in prompts]
         documents: list[list[Mapping[str, Any]]] = [[] for _ in prompts] if retrieved is None else retrieved
         _check_documents(documents, len(prompts))
         if images is not None and any(documents):

@@ -133,8 +133,7 @@ def find_neighbors(
     """Writes for each row of a training set the numbers of its neighbours in the memory bank, and their relevances.
 
     Process `p` writes shards `p, p + num_processes, ...` of the training set and skips those that are there whole. A
-    row never finds itself: by its number if training set and memory bank are one folder, else by the cap, for its
-    relevance is 1.
+    row never finds itself: by its number if training set and memory bank are one folder, else by its vector.
 
     Args:
         queries ([`VectorFolder`]): Of the training set, with the vectors that ask.
@@ -173,7 +172,8 @@ def find_neighbors(
 
     def find(batch: Mapping[str, np.ndarray], numbers: list[int]) -> dict[str, list]:
         own = np.array(numbers) if is_own else np.full(len(numbers), -1)
-        found = finder.find(Queries(own, batch[COLUMN], *(batch[name] for name in ASKING_COLUMNS)), strategy)
+        asking = (batch[name] for name in ASKING_COLUMNS)
+        found = finder.find(Queries(own, batch[COLUMN], *asking, refuse_copies=not is_own), strategy)
         return {
             IDS: [row[row >= 0] for row in found.rows],
             SCORES: [scores[row >= 0] for row, scores in zip(found.rows, found.relevances, strict=True)],
@@ -350,9 +350,12 @@ class Retriever:
             [`Retrieved`]: fewer than `num_retrieved` where the rules leave no more.
 
         Raises:
-            ValueError: If there are more documents asked for than rows, or texts and images differ in number.
+            ValueError: If there are more documents asked for than rows, `texts` is one text, or texts and images
+                differ in number.
             VectorError: If a prompt has neither text nor image.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"`texts`={texts!r} is one text; give a list of one for each prompt.")
         if not 0 <= num_retrieved < self.finder.num_rows:
             raise ValueError(
                 f"`num_retrieved`={num_retrieved} must be at least 0 and below the {self.finder.num_rows} rows of the "

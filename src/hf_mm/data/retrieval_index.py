@@ -93,6 +93,8 @@ def build_index(
         return folder
     wait()
     folder.mkdir(parents=True, exist_ok=True)
+    if process_index == 0:
+        (folder / NOTE).unlink(missing_ok=True)  # what it tells of is about to be replaced
     index = _make_index(vectors.manifest["dimension"], factory)
     if not _is_inverted_file(index):
         if process_index == 0:
@@ -163,7 +165,7 @@ def _attach(index: Any, rows: Dataset) -> None:
 
 def _is_built(folder: Path, note: dict[str, Any]) -> bool:
     path = folder / NOTE
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == note
+    return path.exists() and (folder / INDEX).exists() and json.loads(path.read_text(encoding="utf-8")) == note
 
 
 def _make_index(dimension: int, factory: str) -> Any:
@@ -178,7 +180,8 @@ def _make_index(dimension: int, factory: str) -> Any:
 
 def _is_inverted_file(index: Any) -> bool:
     """Whether parts of it can be filled apart and joined."""
-    return isinstance(faiss.downcast_index(index), faiss.IndexIVF | faiss.IndexPreTransform)
+    is_plain = isinstance(faiss.downcast_index(index), faiss.IndexIVF | faiss.IndexPreTransform)
+    return is_plain and faiss.try_extract_index_ivf(index) is not None
 
 
 def _build_alone(index: Any, vectors: VectorFolder, folder: Path) -> None:

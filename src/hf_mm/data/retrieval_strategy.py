@@ -13,6 +13,8 @@ import torch
 # Axes: Q queries, C candidates of a query (those by its image, then those by its text), P neighbours in its pool,
 # D dimension of the vectors. Row -1 is none.
 
+COPY_TOLERANCE = 5e-4  # two roundings to half precision of a number below 1/2
+
 
 @dataclass
 class RetrievalStrategy:
@@ -85,12 +87,15 @@ class Queries:
         vectors (`np.ndarray` of shape `(queries, dimension)`): Their document vectors, of which the cap counts.
         image_vectors (`np.ndarray` of shape `(queries, dimension)`): Vectors of their images, zeros for none.
         text_vectors (`np.ndarray` of shape `(queries, dimension)`): Vectors of their texts, zeros for none.
+        refuse_copies (`bool`, defaults to `False`): Whether a document of their own vector is passed over, which is
+            the row itself in a memory bank where its number is not known.
     """
 
     rows: np.ndarray
     vectors: np.ndarray
     image_vectors: np.ndarray
     text_vectors: np.ndarray
+    refuse_copies: bool = False
 
     def __len__(self) -> int:
         """Returns their number."""
@@ -98,7 +103,8 @@ class Queries:
 
     def __getitem__(self, part: np.ndarray) -> "Queries":
         """Takes some of them."""
-        return Queries(self.rows[part], self.vectors[part], self.image_vectors[part], self.text_vectors[part])
+        arrays = (self.rows, self.vectors, self.image_vectors, self.text_vectors)
+        return Queries(*(values[part] for values in arrays), refuse_copies=self.refuse_copies)
 
     def asks_by(self, *, image: bool) -> np.ndarray:
         """Marks those that have an image, or a text."""
@@ -159,6 +165,19 @@ def find_other_rows(rows: np.ndarray, query_rows: np.ndarray) -> np.ndarray:
     return (rows >= 0) & (rows != query_rows[:, None])
 
 
+def find_no_copies(vectors: np.ndarray, query_vectors: np.ndarray) -> np.ndarray:
+    """Marks candidates whose vectors are not the query's own, up to the rounding of stored ones.
+
+    Args:
+        vectors (`np.ndarray` of shape `(queries, candidates, dimension)`): Document vectors of the candidates.
+        query_vectors (`np.ndarray` of shape `(queries, dimension)`): Those of the queries.
+
+    Returns:
+        `np.ndarray` of shape `(queries, candidates)` and type bool.
+    """
+    return np.abs(vectors - query_vectors[:, None]).max(axis=-1) > COPY_TOLERANCE
+
+
 def find_within_cap(relevances: np.ndarray, max_relevance: float) -> np.ndarray:
     """Marks candidates that are not too like the query: copies teach copying.
 
@@ -212,6 +231,8 @@ def choose_neighbors(queries: Queries, candidates: Candidates, strategy: Retriev
     """
     relevances = np.einsum("qd,qcd->qc", queries.vectors, candidates.vectors)
     allowed = find_other_rows(candidates.rows, queries.rows) & find_within_cap(relevances, strategy.max_relevance)
+    if queries.refuse_copies:
+        allowed &= find_no_copies(candidates.vectors, queries.vectors)
     order = order_candidates(candidates.scores, candidates.has_both, candidates.rows)
     by_image = candidates.by_image[order]  # (Q, C), as all that follows, best first
     rows, allowed, relevances, has_both = (

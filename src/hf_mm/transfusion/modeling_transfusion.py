@@ -359,7 +359,8 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
             fields (*optional*): Other fields of [`TransfusionConfig`].
 
         Returns:
-            `TransfusionForConditionalGeneration`: its text-only logits equal the text model's.
+            `TransfusionForConditionalGeneration`: its text-only logits equal the text model's, unless
+            `patch_positions="rotary"` takes half of the rotations for places.
 
         Raises:
             ValueError: If the checkpoint is no Llama-style decoder.

@@ -16,6 +16,7 @@ from .configuration_transfusion import TransfusionConfig
 
 PLACE_BIAS = 1.2  # at heads 32 wide the same place scores e^4 times as high as one far off
 
+
 def add_places(
     position_ids: torch.Tensor | None,
     is_image: torch.Tensor,
@@ -81,8 +82,8 @@ class PlaceRotaryEmbedding(nn.Module):
     stands, so that keeping what an edit leaves alone need not be learned first. Text counts as row 0, column 0.
 
     Args:
-        config (`TransfusionConfig`): Sets the slowest rotation, half a turn over a picture of `image_size`; the fastest
-            is half a turn a patch. Heads 8 wide have the slowest alone.
+        config (`TransfusionConfig`): Sets the slowest rotation, half a turn over a picture of `image_size`; the
+            fastest is half a turn a patch. Heads 8 wide have the slowest alone.
         rotary_emb (`nn.Module`): The backbone's, called as `rotary_emb(hidden_states, position_ids)`.
 
     Source: RoPE (arXiv 2104.09864) for the rotation, and Qwen2-VL (arXiv 2409.12191) for the three positions of one
