@@ -56,11 +56,12 @@ def add_places(
 
 @torch.no_grad()
 def look_at_own_place(language_model: nn.Module) -> None:
-    """Lets half of the heads of a new backbone begin by looking at a patch's own place in all pictures.
+    """Lets a quarter of the heads of a new backbone begin by looking at a patch's own place in all pictures.
 
     Where queries and keys have biases (`attention_bias` of Llama), those of the slower half get one value, so that
-    before any training the score of the same place is ahead of others'. Without it a model that has learned to draw
-    looks within the picture it draws, and in some thousand steps of tuning does not learn to copy from another.
+    before any training the score of the same place is ahead of others'. Without it the tiny model, which has learned
+    to draw by looking within its own picture, did not copy from another in its first 1,500 steps of tuning. All text
+    stands at one place, which a head that begins so looks at: with half of the heads that model's captions suffer.
 
     Args:
         language_model (`nn.Module`): Llama's decoder, whose rotations are [`PlaceRotaryEmbedding`]'s.
@@ -72,7 +73,7 @@ def look_at_own_place(language_model: nn.Module) -> None:
                 continue
             heads = projection.bias.view(-1, 2, attention.head_dim // 2)  # the members of a pair half a head apart
             slower = attention.head_dim // 8 * 2
-            heads[: len(heads) // 2, :, -slower:] = PLACE_BIAS
+            heads[: max(1, len(heads) // 4), :, -slower:] = PLACE_BIAS
 
 
 class PlaceRotaryEmbedding(nn.Module):
