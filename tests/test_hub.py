@@ -30,6 +30,7 @@ def test_with_hf_mm_its_own_classes_load_the_folder_and_no_trust_is_asked_for(fo
     assert type(DiffusionPipeline.from_pretrained(folder)).__module__.startswith("hf_mm.")
 
 
+@pytest.mark.slow
 def test_without_hf_mm_a_folder_answers_alike_through_transformers_and_through_diffusers(folder):
     check_cold_load(folder)
     make_self_contained(folder)
@@ -38,6 +39,7 @@ def test_without_hf_mm_a_folder_answers_alike_through_transformers_and_through_d
         DiffusionPipeline.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_load_without_hf_mm_or_answers_otherwise_is_refused(folder):
     module = next(folder.glob("modeling_*.py"))
     code = module.read_text()
