@@ -172,8 +172,8 @@ def find_neighbors(
 
     def find(batch: Mapping[str, np.ndarray], numbers: list[int]) -> dict[str, list]:
         own = np.array(numbers) if is_own else np.full(len(numbers), -1)
-        asking = (batch[name] for name in ASKING_COLUMNS)
-        found = finder.find(Queries(own, batch[COLUMN], *asking, refuse_copies=not is_own), strategy)
+        by_image, by_text = (batch[name] for name in ASKING_COLUMNS)
+        found = finder.find(Queries(own, batch[COLUMN], by_image, by_text, refuse_copies=not is_own), strategy)
         return {
             IDS: [row[row >= 0] for row in found.rows],
             SCORES: [scores[row >= 0] for row, scores in zip(found.rows, found.relevances, strict=True)],

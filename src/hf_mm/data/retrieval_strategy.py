@@ -103,8 +103,13 @@ class Queries:
 
     def __getitem__(self, part: np.ndarray) -> "Queries":
         """Takes some of them."""
-        arrays = (self.rows, self.vectors, self.image_vectors, self.text_vectors)
-        return Queries(*(values[part] for values in arrays), refuse_copies=self.refuse_copies)
+        return Queries(
+            self.rows[part],
+            self.vectors[part],
+            self.image_vectors[part],
+            self.text_vectors[part],
+            refuse_copies=self.refuse_copies,
+        )
 
     def asks_by(self, *, image: bool) -> np.ndarray:
         """Marks those that have an image, or a text."""
