@@ -17,7 +17,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TE
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from . import cold_load
+from .cold_load import __file__ as cold_load_script
+from .cold_load import ask, needs_trust
 
 
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp", "non_finite_*", "encoded/*"]
@@ -128,13 +129,13 @@ def check_cold_load(folder: str | Path) -> None:
     """
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "answers.safetensors"
-        command = [sys.executable, "-P", cold_load.__file__, str(Path(folder).resolve()), str(output)]
+        command = [sys.executable, "-P", cold_load_script, str(Path(folder).resolve()), str(output)]
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
         if done.returncode:
             raise RuntimeError(f"{str(folder)!r} does not load without hf_mm:\n{done.stderr[-2000:]}")
         cold = load_file(output)
-    warm = cold_load.ask(folder, trust_remote_code=cold_load.needs_trust(folder))
+    warm = ask(folder, trust_remote_code=needs_trust(folder))
     shared = warm.keys() & cold.keys()
     if different := sorted(name for name in shared if not torch.equal(warm[name], cold[name])):
         raise RuntimeError(f"{str(folder)!r} answers otherwise without hf_mm: {different} differ.")

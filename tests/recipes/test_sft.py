@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -17,6 +18,7 @@ from hf_mm.data.tasks import SOURCES as SOURCES_OF_PAPER
 from hf_mm.data.tasks import TASKS
 from hf_mm.training.checkpoint import list_checkpoints
 from hf_mm.training.recipe import parse_recipe
+from task_sources import CHAT
 
 
 SOURCES = ["edit@icon_scenes:shapes", "vqa@icon_scenes:shapes"]
@@ -184,6 +186,7 @@ def test_the_small_recipes_name_what_there_is(family):
     path = Path(__file__).parents[2] / "recipes" / "configs" / f"{family}_tiny_sft.yaml"
     parsed = parse_recipe(*sft.ARGUMENTS, argv=["--config", str(path)])
     values = {name: value for part in parsed for name, value in vars(part).items()}
-    assert all(source.split("@")[0] in TASKS for source in values["sources"])
+    assert all(source.split("@")[0] in {*TASKS, CHAT} for source in values["sources"])
     assert sum(values["source_shares"]) == pytest.approx(1)
-    assert values["model_name_or_path"] == f"runs/{family}_tiny"
+    trained = [yaml.safe_load(other.read_text())["output_dir"] for other in path.parent.glob(f"{family}_tiny_*.yaml")]
+    assert values["model_name_or_path"] in trained
