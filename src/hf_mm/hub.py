@@ -130,7 +130,9 @@ def check_cold_load(folder: str | Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "answers.safetensors"
         command = [sys.executable, "-P", cold_load_script, str(Path(folder).resolve()), str(output)]
+        # As many threads as here, for sums in another order differ in their last bits.
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch)
         if done.returncode:
             raise RuntimeError(f"{str(folder)!r} does not load without hf_mm:\n{done.stderr[-2000:]}")
