@@ -88,25 +88,3 @@ def test_a_loaded_model_rotates_as_the_saved_one(make_model, tmp_path):
     plain = make_model(patch_positions="grid")
     plain.load_state_dict(model.state_dict())
     assert (plain(**inputs).logits - expected).abs().max() > 1e-3
-
-
-def test_with_biases_a_quarter_of_the_heads_begins_by_looking_at_its_own_place():
-    text_config = {
-        "model_type": "llama",
-        "hidden_size": 8 * HEAD_DIM,
-        "num_attention_heads": 8,
-        "attention_bias": True,
-    }
-    text_config |= {"vocab_size": 64, "num_hidden_layers": 1, "intermediate_size": 8}
-    ids = {"boi_token_id": 3, "eoi_token_id": 4, "image_token_id": 5}
-    for positions, number in (("rotary", 2), ("grid", 0)):
-        config = TransfusionConfig(text_config=text_config, patch_positions=positions, image_size=2 * SIDE, **ids)
-        config.text_config._attn_implementation = "eager"
-        model = TransfusionForConditionalGeneration(config).eval()
-        row = [1, *[5] * SIDE**2, 9, *[5] * SIDE**2]
-        noise = torch.randn(2, 3, 2 * SIDE, 2 * SIDE, generator=torch.Generator().manual_seed(0))
-        (weights,) = model(input_ids=torch.tensor([row]), latents=noise, output_attentions=True).attentions
-        first, second = slice(1, 1 + SIDE**2), slice(2 + SIDE**2, 2 + 2 * SIDE**2)
-        to_first = weights[0, :, second, first]  # (heads, P, P)
-        at_same = (to_first.argmax(-1) == torch.arange(SIDE**2)).float().mean(-1)
-        assert (at_same > 0.9).sum() == number

@@ -36,7 +36,7 @@ from .layout_transfusion import (
 )
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
 from .patching_transfusion import UNetPatchIn, build_patch_layers
-from .places_transfusion import PlaceRotaryEmbedding, add_places, look_at_own_place
+from .places_transfusion import PlaceRotaryEmbedding, add_places
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -85,7 +85,6 @@ class TransfusionModel(TransfusionPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         if config.patch_positions == "rotary":
             self.language_model.rotary_emb = PlaceRotaryEmbedding(config, self.language_model.rotary_emb)
-            look_at_own_place(self.language_model)
         self.patch_in, self.patch_out = build_patch_layers(config)
         self.vae = None
         if config.vae_config is not None:

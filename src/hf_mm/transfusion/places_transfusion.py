@@ -14,9 +14,6 @@ from torch import nn
 from .configuration_transfusion import TransfusionConfig
 
 
-PLACE_BIAS = 1.2  # at heads 32 wide the same place scores e^4 times as high as one far off
-
-
 def add_places(
     position_ids: torch.Tensor | None,
     is_image: torch.Tensor,
@@ -52,27 +49,6 @@ def add_places(
             text.masked_scatter(is_image, columns),
         ]
     )
-
-
-@torch.no_grad()
-def look_at_own_place(language_model: nn.Module) -> None:
-    """Lets a quarter of the heads of a new backbone begin by looking at a patch's own place in all pictures.
-
-    Where queries and keys have biases (`attention_bias` of Llama), those of the slower half get one value, so that
-    before any training the score of the same place is ahead of others'. All text stands at one place, which such a
-    head looks at too; the tiny model copies sooner with it and writes worse captions (lab notes), and has none.
-
-    Args:
-        language_model (`nn.Module`): Llama's decoder, whose rotations are [`PlaceRotaryEmbedding`]'s.
-    """
-    for layer in language_model.layers:
-        attention = layer.self_attn
-        for projection in (attention.q_proj, attention.k_proj):
-            if projection.bias is None:
-                continue
-            heads = projection.bias.view(-1, 2, attention.head_dim // 2)  # the members of a pair half a head apart
-            slower = attention.head_dim // 8 * 2
-            heads[: max(1, len(heads) // 4), :, -slower:] = PLACE_BIAS
 
 
 class PlaceRotaryEmbedding(nn.Module):
