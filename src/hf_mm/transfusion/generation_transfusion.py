@@ -17,35 +17,15 @@ import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 
-from .layout_transfusion import find_grids
+from .caches_transfusion import join_caches, with_image_room
 from .noise_transfusion import CLEAN_TIMESTEP, build_scheduler, check_scheduler, set_timesteps
 from .places_transfusion import add_places
 
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def join_caches(caches: Sequence[DynamicCache]) -> DynamicCache:
-    """Stacks the rows of caches, padding the shorter ones on the left.
-
-    Args:
-        caches (`list[DynamicCache]`): Keys and values of `(rows, heads, length, head_dim)` per layer, any length each.
-
-    Returns:
-        `DynamicCache`: a new cache; those given stay as they are.
-    """
-    length = max(cache.get_seq_length() for cache in caches)
-
-    def stack(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts])
-
-    layers = zip(*(cache.layers for cache in caches), strict=True)
-    return DynamicCache(
-        [(stack([one.keys for one in layer]), stack([one.values for one in layer])) for layer in layers]
-    )
 
 
 def fold_streams(predictions: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
@@ -68,31 +48,6 @@ def fold_streams(predictions: Sequence[torch.Tensor], scales: Sequence[float]) -
     for scale, upper, lower in zip(scales, predictions, predictions[1:], strict=False):
         folded = folded + (scale - 1) * (upper - lower)
     return folded
-
-
-class ImageBlockLayer(DynamicLayer):
-    """One layer of a prefix with room behind it for an image block, which every reading overwrites in place.
-
-    Appending the block to the prefix anew at each denoising step would copy the prefix as often.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, num_patches: int) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.prefix_length = keys.shape[-2]
-        self.keys, self.values = F.pad(keys, (0, 0, 0, num_patches)), F.pad(values, (0, 0, 0, num_patches))
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts the block in its place."""
-        self.keys[..., self.prefix_length :, :] = key_states
-        self.values[..., self.prefix_length :, :] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Returns the length of the prefix."""
-        return self.prefix_length
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -234,15 +189,12 @@ class TransfusionGenerationMixin(GenerationMixin):
             timesteps (`torch.Tensor` of shape `(batch_size,)`): How noisy they are.
             past_key_values (`Cache`): The prefix, up to and including the image-opening token.
             attention_mask: From `image_mask`.
-            position_ids (`torch.LongTensor` of shape `(batch_size, num_patches)`): Positions of the patches.
+            position_ids (`torch.LongTensor`): From `image_mask`.
 
         Returns:
             `torch.FloatTensor` of the shape of `latents`: the prediction, in the sense of `config.prediction_type`.
         """
         patches, skips = self.model.patch_in(latents.to(self.dtype), timesteps)
-        if self.config.patch_positions == "rotary":
-            grids = find_grids(latents.shape, None, self.config.patch_size)
-            position_ids = add_places(position_ids, torch.ones_like(position_ids, dtype=torch.bool), grids)
         hidden = self.model.language_model(
             inputs_embeds=patches,
             attention_mask=attention_mask,
@@ -253,23 +205,29 @@ class TransfusionGenerationMixin(GenerationMixin):
         return self.model.patch_out(hidden, timesteps, skips, tuple(latents.shape[-2:]))
 
     def image_mask(
-        self, prefix_mask: torch.Tensor, past_key_values: Cache, num_patches: int
+        self, prefix_mask: torch.Tensor, past_key_values: Cache, grid: tuple[int, int]
     ) -> tuple[Any, torch.Tensor]:
         """Mask and positions of an image block behind a prefix, the same for all its denoising steps.
 
         Args:
             prefix_mask (`torch.Tensor` of shape `(batch_size, past_length)`): 0 on padding.
             past_key_values (`Cache`): The prefix.
-            num_patches (`int`): Length of the block.
+            grid (`tuple[int, int]`): Rows and columns of patches.
 
         Returns:
-            The mask, in the form of the attention in use, and positions of shape `(batch_size, num_patches)`.
+            The mask, in the form of the attention in use, and positions of shape `(batch_size, num_patches)`, with the
+            places of patches `(3, batch_size, num_patches)` where attention is rotated by them.
         """
+        num_patches = math.prod(grid)
         full = F.pad(prefix_mask, (0, num_patches), value=1)
         position_ids = positions_from_mask(full)[:, -num_patches:]
         block_ids = torch.zeros_like(position_ids)
         shape_only = torch.empty((*position_ids.shape, 0), dtype=self.dtype, device=full.device)
-        return self.model.create_masks(shape_only, full, past_key_values, position_ids, block_ids), position_ids
+        mask = self.model.create_masks(shape_only, full, past_key_values, position_ids, block_ids)
+        if self.config.patch_positions == "rotary":
+            is_image = torch.ones_like(position_ids, dtype=torch.bool)
+            position_ids = add_places(position_ids, is_image, [grid] * len(position_ids))
+        return mask, position_ids
 
     @torch.no_grad()
     def draw_images(
@@ -420,9 +378,9 @@ class TransfusionGenerationMixin(GenerationMixin):
             scheduler_step = partial(scheduler.step, generator=generator)
 
         num_streams, cache, prefix_mask = self._join_streams(past_key_values, attention_mask, textless, scales)
-        num_patches = shape[2] * shape[3] // self.config.patch_size**2
-        block_cache = Cache([ImageBlockLayer(layer.keys, layer.values, num_patches) for layer in cache.layers])
-        mask, position_ids = self.image_mask(prefix_mask, block_cache, num_patches)
+        grid = self._grid(shape)
+        block_cache = with_image_room(cache, math.prod(grid))
+        mask, position_ids = self.image_mask(prefix_mask, block_cache, grid)
         for step, timestep in enumerate(scheduler.timesteps):
             inputs = latents if is_flow else scheduler.scale_model_input(latents, timestep)
             inputs = torch.cat([inputs] * num_streams)
@@ -447,6 +405,10 @@ class TransfusionGenerationMixin(GenerationMixin):
                 raise ValueError(f"`{name}`={side} must be a multiple of {stride} pixels. Try {nearest}.")
             sides.append(side // self.config.vae_stride)
         return rows, self.config.latent_channels, sides[0], sides[1]
+
+    def _grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns of patches of latents of `shape`."""
+        return shape[-2] // self.config.patch_size, shape[-1] // self.config.patch_size
 
     @staticmethod
     def _check_drawing(
@@ -546,7 +508,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         draw_kwargs = draw_kwargs or {}
         shape = self._latent_shape(1, draw_kwargs.get("height"), draw_kwargs.get("width"))
-        num_patches = shape[2] * shape[3] // self.config.patch_size**2
+        num_patches = math.prod(self._grid(shape))
         boi, eoi = self.config.boi_token_id, self.config.eoi_token_id
         stops = [*self._take_end_tokens(generate_kwargs), boi]
         parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
@@ -586,7 +548,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             latents = self.denoise(cache, attention_mask, **draw_kwargs)
             for row, image in zip(rows.tolist(), latents, strict=True):
                 parts[row].append(image)
-            self._write_image(latents, cache, attention_mask, num_patches)
+            self._write_image(latents, cache, attention_mask)
             placeholders = input_ids.new_full((len(rows), num_patches + 1), self.config.image_token_id)
             placeholders[:, -1] = eoi
             input_ids = torch.cat([input_ids, placeholders], -1)
@@ -604,10 +566,8 @@ class TransfusionGenerationMixin(GenerationMixin):
             use_cache=True,
         )
 
-    def _write_image(
-        self, latents: torch.Tensor, cache: DynamicCache, attention_mask: torch.Tensor, num_patches: int
-    ) -> None:
+    def _write_image(self, latents: torch.Tensor, cache: DynamicCache, attention_mask: torch.Tensor) -> None:
         """Writes finished images to the cache, clean, so that the text behind reads what was drawn."""
-        mask, position_ids = self.image_mask(attention_mask, cache, num_patches)
+        mask, position_ids = self.image_mask(attention_mask, cache, self._grid(latents.shape))
         timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
         self.predict_noise(latents, timesteps, cache, mask, position_ids)
