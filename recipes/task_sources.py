@@ -20,7 +20,6 @@ from encode_images import CodeEncoder, LatentEncoder
 from hf_mm.data.documents import DocumentLimit
 from hf_mm.data.fingerprints import digest_weights
 from hf_mm.data.image_encoding import Encoder, encode_rows, load_encoded, raw_pixels
-from hf_mm.data.scene_conversations import scene_conversation_dataset
 from hf_mm.data.scene_tasks import scene_task_dataset
 from hf_mm.data.sources import EMBEDDED
 from hf_mm.data.task_documents import TaskSourceRows
@@ -125,28 +124,20 @@ def open_source(spec: str, arguments: SourceArguments, image_size: int, seed: in
     """
     name, _, dataset_name = spec.partition("@")
     drawn = {"glyph_set": dataset_name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
-    if name == CHAT and dataset_name.startswith(EMBEDDED):
-        return OpenedSource(
-            spec,
-            None,
-            scene_conversation_dataset(arguments.num_task_scenes, split="train", **drawn),
-            scene_conversation_dataset(arguments.num_eval_rows, split="validation", **drawn),
-        )
-    if dataset_name and name == CHAT:
-        return _set_aside(spec, None, load_messages(dataset_name), arguments.num_eval_rows, seed)
     if not dataset_name:
         if name not in SOURCES:
             raise ValueError(f"`sources`: {name!r} is unknown. Write task@dataset, or one of {sorted(SOURCES)}.")
         task = TASKS[SOURCES[name].task]
         return _set_aside(spec, task, load_task_rows(name), arguments.num_eval_rows, seed)
-    if name not in TASKS:
+    if name != CHAT and name not in TASKS:
         raise ValueError(f"`sources`: {spec!r} names the task {name!r}. Choose one of {[*sorted(TASKS), CHAT]}.")
+    task = TASKS.get(name)  # none for conversations
     if not dataset_name.startswith(EMBEDDED):
-        rows = load_task_rows(name, dataset_name=dataset_name)
-        return _set_aside(spec, TASKS[name], rows, arguments.num_eval_rows, seed)
+        rows = load_messages(dataset_name) if task is None else load_task_rows(name, dataset_name=dataset_name)
+        return _set_aside(spec, task, rows, arguments.num_eval_rows, seed)
     return OpenedSource(
         spec,
-        TASKS[name],
+        task,
         write_objects(scene_task_dataset(name, arguments.num_task_scenes, split="train", **drawn)),
         scene_task_dataset(name, arguments.num_eval_rows, split="validation", **drawn),
     )

@@ -61,4 +61,7 @@ def test_the_notes_of_code_name_files_that_are_there(folder):
     for place in notes.values():
         file, name = place.split(".")
         assert f"class {name}" in (folder / f"{file}.py").read_text()
+    pipeline_class = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    (pipeline_file,) = folder.glob("pipeline_*.py")
+    assert f"class {pipeline_class}" in pipeline_file.read_text()
     assert not list(folder.glob("__init__.py"))

@@ -9,8 +9,8 @@ import pytest
 from hf_mm.data.formats import check_rows
 from hf_mm.data.icon_records import is_held_out
 from hf_mm.data.icon_scenes import draw
-from hf_mm.data.scene_conversations import draw_conversation, scene_conversation_dataset
 from hf_mm.data.scene_edits import sample_edits
+from hf_mm.data.scene_tasks import draw_task_row, scene_task_dataset
 from hf_mm.data.task_templates import conversation_parts
 
 
@@ -52,7 +52,7 @@ def test_edits_that_change_the_picture_after_come_last_or_not_at_all():
 def test_conversations_of_all_kinds_end_in_an_edit_of_the_picture_before():
     kinds = set()
     for index in range(60):
-        row = draw_conversation(index)
+        row = draw_task_row("chat", index)
         messages = row["messages"]
         assert [message["role"] for message in messages] == ["user", "assistant"] * 2
         kinds.add(kind_of(messages))
@@ -67,22 +67,17 @@ def test_conversations_of_all_kinds_end_in_an_edit_of_the_picture_before():
 
 
 def test_rows_are_a_function_of_their_number_and_are_conversations_that_tuning_reads():
-    rows = scene_conversation_dataset(12, seed=3)
+    rows = scene_task_dataset("chat", 12, seed=3)
     check_rows(rows, "conversation")
     for index, row in enumerate(rows):
-        drawn = draw_conversation(index, 3)
+        drawn = draw_task_row("chat", index, 3)
         assert {name: row[name] for name in ("scene", "edit")} == {name: drawn[name] for name in ("scene", "edit")}
         parts = [part for part in conversation_parts(row["messages"]) if part["type"] != "end_of_turn"]
         assert parts[-1]["type"] == "image" and parts[-1]["is_answer"] and not parts[0]["is_answer"]
-    assert draw_conversation(0, 4)["scene"] != rows[0]["scene"]
+    assert draw_task_row("chat", 0, 4)["scene"] != rows[0]["scene"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [({"split": "test"}, "split.*test"), ({"index": -1}, "index.*-1"), ({"glyph_set": "letters"}, "letters")],
-)
-def test_arguments_out_of_range_are_refused(fields, match):
-    with pytest.raises(ValueError, match=match):
-        draw_conversation(**{"index": 0, **fields})
-    with pytest.raises(ValueError, match="num_rows.*0"):
-        scene_conversation_dataset(0)
+@pytest.mark.parametrize("kind", ["edits", "description", "drawing"])
+def test_the_kind_of_conversation_can_be_asked_for(kind):
+    for index in range(5):
+        assert kind_of(draw_task_row("chat", index, kinds={kind: 1.0})["messages"]) == kind

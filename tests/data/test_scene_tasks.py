@@ -55,6 +55,11 @@ def texts(row):
     return " ".join(value for slot, value in row.items() if isinstance(value, str) and slot not in NOT_WORDS)
 
 
+def said(message):
+    """The role, words and pixels of a message."""
+    return message["role"], [part["text"] or part["image"].tobytes() for part in message["content"]]
+
+
 NOT_WORDS = ("scene", "input_scene", "edit")
 
 
@@ -67,7 +72,9 @@ def test_rows_have_their_slots_and_keep_pictures_and_words_as_drawn(task):
     for index, row in enumerate(dataset):
         drawn = draw_task_row(task, index, 3, size_px=37, glyph_set="icons", split="validation")
         for slot, value in row.items():
-            if slot.endswith("image"):
+            if slot == "messages":
+                assert [said(message) for message in value] == [said(message) for message in drawn[slot]]
+            elif slot.endswith("image"):
                 assert value.size == (37, 37) and value.mode == "RGB"
                 assert value.tobytes() == drawn[slot].tobytes()
             else:
@@ -94,7 +101,7 @@ def test_training_shows_no_held_out_look_and_validation_targets_show_no_other(ta
     num = 150
     kinds = {"edit": EVERY_EDIT, "vqa": EVERY_QUESTION}.get(task)
     for row in rows(task, num, glyph_set=glyph_set, kinds=kinds):
-        scenes = [record(row), *([record(row, "input_scene")] if task == "edit" else [])]
+        scenes = [record(row), *([record(row, "input_scene")] if task in ("edit", "chat") else [])]
         assert not any(is_held_out(*look) for scene in scenes for look in looks(scene))
     for row in rows(task, num, glyph_set=glyph_set, kinds=kinds, split="validation"):
         assert all(is_held_out(*look) for look in looks(record(row)))

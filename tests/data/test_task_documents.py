@@ -159,21 +159,18 @@ def test_conversations_keep_their_turns_and_pictures():
     assert kinds.count(("end_of_turn", None)) == 1
 
 
-def test_pictures_that_are_asked_about_are_clean_and_those_that_answer_are_not():
-    pictures = Dataset.from_dict({"pixels": np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)}).with_format(
-        "numpy"
-    )
-    places = {"input_image": np.array([0]), "image": np.array([1])}
-    source = TaskSourceRows("edit", Dataset.from_dict({"instruction": ["x"]}), pictures, places, TASKS["edit"])
+class PartsProcessor:
+    """Encodes nothing and keeps what the last document consisted of."""
 
-    class Processor:
-        def encode_document(self, content):
-            assert [part["type"] for part in content] == ["text", "image", "text", "image"]
-            return {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "answer_mask": [0, 0, 1]}
+    def encode_document(self, content):
+        self.kinds = [part["type"] for part in content]
+        return {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "answer_mask": [0, 0, 1]}
 
-    documents = NoisedDocuments(
+
+def noised_documents_of(source: TaskSourceRows) -> NoisedDocuments:
+    return NoisedDocuments(
         TaskRows([source]),
-        processor=Processor(),
+        processor=PartsProcessor(),
         image_size=4,
         latent_shape=(3, 4, 4),
         sample_timesteps=lambda count, **_: torch.full((count,), 5.0),
@@ -181,10 +178,37 @@ def test_pictures_that_are_asked_about_are_clean_and_those_that_answer_are_not()
         seed=0,
         task_content=TaskContent(TaskArguments(train_on_inputs=False, instruction_dropout=0.0), puts_answer_last=True),
     )
+
+
+def pixels_of(count: int) -> Dataset:
+    pixels = np.arange(count * 3 * 4 * 4, dtype=np.uint8).reshape(count, 3, 4, 4)
+    return Dataset.from_dict({"pixels": pixels}).with_format("numpy")
+
+
+def test_pictures_that_are_asked_about_are_clean_and_those_that_answer_are_not():
+    places = {"input_image": np.array([0]), "image": np.array([1])}
+    source = TaskSourceRows("edit", Dataset.from_dict({"instruction": ["x"]}), pixels_of(2), places, TASKS["edit"])
+    documents = noised_documents_of(source)
     document = documents[SampleKey(0, 0, 0)]
+    assert documents.processor.kinds == ["text", "image", "text", "image"]
     assert document["clean_images"] == [True, False] and document["labels"].tolist() == [-100, -100, 3]
     batch = collate_documents([document, document], pad_token_id=0)
     assert batch["clean_images"].tolist() == [True, False] * 2 and batch["latents"].shape == (4, 3, 4, 4)
+
+
+def test_of_several_drawn_answers_of_a_conversation_one_at_a_time_is_denoised():
+    given, drawn = ({"type": "image", "image": None, "text": None} for _ in range(2))
+    word = {"type": "text", "image": None, "text": "bluer"}
+    messages = [
+        {"role": "user", "content": [given, word]},
+        {"role": "assistant", "content": [drawn]},
+        {"role": "user", "content": [word]},
+        {"role": "assistant", "content": [drawn]},
+    ]
+    rows = Dataset.from_list([{"messages": messages}])
+    documents = noised_documents_of(TaskSourceRows("chat", rows, pixels_of(3), {"messages": np.array([0])}))
+    seen = Counter(tuple(documents[SampleKey(number, 0, 0)]["clean_images"]) for number in range(40))
+    assert set(seen) == {(True, False, True), (True, True, False)} and min(seen.values()) > 8
 
 
 def test_masking_answers_keeps_every_token_and_marks_what_answers(masking):

@@ -5,7 +5,8 @@ show and name no held-out combination of glyph, colour and background; the targe
 other (for letters: of text, colour and background). Which combinations are held out is said in `icon_records.py`.
 
 Beside its slots a row has the record of the target scene as JSON (`scene`) and, for edits, that of the input
-(`input_scene`) and of what changed (`edit`), by which any answer can be scored exactly.
+(`input_scene`) and of what changed (`edit`), by which any answer can be scored exactly; a conversation has those of
+its last turn.
 
 This file knows slots by name; it knows no template, token or model.
 """
@@ -25,6 +26,7 @@ from .icon_glyphs import BACKGROUND_COLORS, GLYPH_SETS, OBJECT_COLORS, render_gl
 from .icon_records import DEFAULT_KINDS, KINDS, SPLITS, check_choice, describe, is_held_out, sample_scene
 from .icon_scenes import MIN_SIZE_PX, draw, scene_masks
 from .scene_controls import ALPHABET, CONTROL_KINDS, draw_control, draw_letters
+from .scene_conversations import CONVERSATION_KINDS, MESSAGES_FEATURE, sample_conversation
 from .scene_edits import DEFAULT_EDIT_KINDS, EDIT_KINDS, sample_edit
 from .scene_questions import (
     DEFAULT_QUESTION_KINDS,
@@ -50,6 +52,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "vqa": ("question", "answer", "image"),
     "reasoning": ("question", "context", "choices", "explanation", "answer", "image"),
     "text": ("text",),
+    "chat": ("messages", "input_scene", "edit"),
 }
 SCENE_TASKS = tuple(SLOTS)
 
@@ -59,7 +62,8 @@ _MIN_GAP = 0.1
 _ASPECT_PX = 256  # glyphs are measured at this size
 _ROWS_PER_SHARD = 256
 
-_ALIKE = dict.fromkeys(LETTER_KINDS, 1.0)
+_LETTERS = dict.fromkeys(LETTER_KINDS, 1.0)
+_CONVERSATIONS = dict.fromkeys(CONVERSATION_KINDS, 1.0)
 _SINGLE = {"shapes": {"single_object": 1.0}, "icons": DEFAULT_KINDS["icons"]}
 _PLACED = {"shapes": {"single_object": 1.0}, "icons": {"two_object": 1.0}}
 # For each task the kinds that its rows may be of, and the weights of those that they are of by default.
@@ -67,12 +71,14 @@ _KINDS: dict[str, tuple[Sequence[str], Mapping[str, Mapping[str, float]]]] = {
     **dict.fromkeys(SCENE_TASKS, (KINDS, _SINGLE)),
     **dict.fromkeys(("boxes", *CONTROL_KINDS), (PLACED_KINDS, _PLACED)),
     "edit": (EDIT_KINDS, DEFAULT_EDIT_KINDS),
-    "write": (LETTER_KINDS, dict.fromkeys(GLYPH_SETS, _ALIKE)),
+    "write": (LETTER_KINDS, dict.fromkeys(GLYPH_SETS, _LETTERS)),
     "vqa": (QUESTION_KINDS, DEFAULT_QUESTION_KINDS),
     "reasoning": (REASONING_KINDS, DEFAULT_REASONING_KINDS),
     "text": (KINDS, DEFAULT_KINDS),
+    "chat": (CONVERSATION_KINDS, dict.fromkeys(GLYPH_SETS, _CONVERSATIONS)),
 }
 _TYPES: dict[str, Any] = {
+    "messages": MESSAGES_FEATURE,
     "image": datasets.Image(),
     "input_image": datasets.Image(),
     "control_image": datasets.Image(),
@@ -195,6 +201,11 @@ def _text_row(task: str, rng: random.Random, size_px: int, **options: Any) -> di
     return {"text": describe(scene, rng), "scene": scene}
 
 
+def _chat_row(task: str, rng: random.Random, size_px: int, **options: Any) -> dict[str, Any]:
+    sample = sample_conversation(rng, size_px=size_px, **options)
+    return sample | {name: json.dumps(sample[name]) for name in ("input_scene", "edit")}
+
+
 _ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     "edit": _edit_row,
     "write": _write_row,
@@ -203,14 +214,16 @@ _ROWS: dict[str, Callable[..., dict[str, Any]]] = {
     **dict.fromkeys(("caption", "long_caption", "dense_caption"), _caption_row),
     **dict.fromkeys(("vqa", "reasoning"), _question_row),
     "text": _text_row,
+    "chat": _chat_row,
 }
 
 
 def task_kinds(task: str, glyph_set: str, kinds: Mapping[str, float] | None = None) -> dict[str, float]:
     """Gives the kinds that a task's rows are of, with their weights.
 
-    Kinds are of edits for `edit`, of questions for `vqa` and `reasoning`, numbers of letters for `write`, and of
-    scenes for all other tasks. By default `shapes` has lone objects only (but for `text`, and for counting in `vqa`).
+    Kinds are of edits for `edit`, of questions for `vqa` and `reasoning`, numbers of letters for `write`, of
+    conversations for `chat`, and of scenes for all other tasks. By default `shapes` has lone objects only (but for
+    `text`, and for counting in `vqa`).
 
     Args:
         task (`str`): One of `SCENE_TASKS`.
@@ -295,7 +308,7 @@ def _generate_rows(task: str, row_ranges: list[tuple[int, int]], **options: Any)
             yield draw_task_row(task, index, **options)
 
 
-def drawing_version() -> str:
+def _drawing_version() -> str:
     """Hashes what the rows depend on beside the arguments, so that a cached dataset is never a stale one."""
     folder = Path(__file__).parent
     sources = sorted([*folder.glob("icon_*.py"), *folder.glob("scene_*.py")])
@@ -352,5 +365,5 @@ def scene_task_dataset(
         gen_kwargs=arguments,
         num_proc=num_proc,
         split=datasets.NamedSplit(split),
-        fingerprint=Hasher.hash([arguments, drawing_version()]),
+        fingerprint=Hasher.hash([arguments, _drawing_version()]),
     )
