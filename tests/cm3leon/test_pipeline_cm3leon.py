@@ -139,8 +139,9 @@ def test_the_streams_of_editing_are_the_document_with_less_and_less_known(make_p
     draw = pipe.model.draw_images
     pipe.model.draw_images = lambda *args, **kwargs: seen.append((args, kwargs)) or draw(*args, **kwargs)
     pipe("kite", image=picture(0), guidance_scale=3.0, image_guidance_scale=1.5)
-    codes_of(pipe, "kite", image=picture(0), guidance_scale=3.0)
+    codes_of(pipe, "kite", image=picture(0), guidance_scale=3.0, image_guidance_scale=1.0)
     codes_of(pipe, "", image=picture(0), guidance_scale=1.0)
+    codes_of(pipe, "kite", image=picture(0), guidance_scale=3.0)
     eos, unknown, opening = config.eos_token_id, config.first_sentinel_token_id, config.break_token_id
     image = [code + config.first_image_token_id for code in pipe._read_codes([picture(0)])[0]]
     text = pipe.processor.tokenizer("kite", add_special_tokens=False)["input_ids"]
@@ -154,6 +155,7 @@ def test_the_streams_of_editing_are_the_document_with_less_and_less_known(make_p
     assert rows == [textless, [eos, unknown, opening]]
     assert seen[1][1]["negative_input_ids"].tolist() == [[textless]]
     assert seen[2][0][0].tolist() == [textless] and "negative_input_ids" not in seen[2][1]
+    assert seen[3][1]["sampling"] == kwargs["sampling"]  # following the picture too is what happens unasked
     pipe.model.draw_images = draw
 
 

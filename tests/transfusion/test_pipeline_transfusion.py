@@ -126,6 +126,8 @@ def test_the_streams_of_editing_are_the_template_with_and_without_its_prompt(mak
     pipe("kite", image=picture(0), guidance_scale=3.0, image_guidance_scale=1.5, **DRAWING)
     pipe("star<image>kite", image=picture(0), guidance_scale=1.0, image_guidance_scale=1.5, **DRAWING)
     pipe("kite", image=picture(0), guidance_scale=1.0, **DRAWING)
+    pipe("kite", image=picture(0), guidance_scale=3.0, **DRAWING)
+    pipe("kite", guidance_scale=3.0, **DRAWING)
     pipe.model.draw_images = draw
     processor, image = pipe.processor, {"type": "image", "size": (8, 8)}
 
@@ -138,12 +140,21 @@ def test_the_streams_of_editing_are_the_template_with_and_without_its_prompt(mak
     assert seen[1]["input_ids"].tolist() == [processor.encode_document([star, image, kite])["input_ids"][:-1]]
     assert seen[1]["negative_input_ids"].tolist() == [processor.encode_document([star, image])["input_ids"][:-1]]
     assert "negative_input_ids" not in seen[2]
+    assert [drawing["image_guidance_scale"] for drawing in seen] == [1.5, 1.5, 1.0, 1.5, 1.0]
 
 
 def test_an_empty_instruction_has_no_text_to_follow(make_pipeline, picture):
     pipe = make_pipeline()
     drawn = [
-        pipe("", picture(0), guidance_scale=scale, generator=seeded(0), output_type="latent", **DRAWING).images
+        pipe(
+            "",
+            picture(0),
+            guidance_scale=scale,
+            image_guidance_scale=1.0,
+            generator=seeded(0),
+            output_type="latent",
+            **DRAWING,
+        ).images
         for scale in (1, 3)
     ]
     torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-3 * float(drawn[0].abs().max()))

@@ -22,6 +22,7 @@ from .retrieval_cm3leon import DocumentRetriever, RetrievalMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
+DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5  # with a picture
 
 
 class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
@@ -162,7 +163,7 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_candidates: int | None = None,
-        image_guidance_scale: float = 1.0,
+        image_guidance_scale: float | None = None,
         do_sample: bool = True,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -196,9 +197,11 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             num_candidates (`int`, *optional*):
                 Pictures drawn from each prompt, of which the reranker keeps the best `num_images_per_prompt`, best
                 first.
-            image_guidance_scale (`float`, defaults to 1.0):
-                How closely to follow `image`, or the documents before the prompt; 1 is off. Without it guidance
-                follows the text alone: what stands before it, and a template's words of the task, are in both streams.
+            image_guidance_scale (`float`, *optional*):
+                How closely to follow `image`, or the documents before the prompt; 1 is off. Defaults to 1.5 with a
+                picture, guidance by the text and no contrastive decoding, as in InstructPix2Pix (arXiv 2211.09800),
+                which takes a third stream, and to 1 otherwise. Without it guidance follows the text alone: what stands
+                before it, and a template's words of the task, are in both streams.
             do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.
             temperature (`float`, *optional*): Divides the scores. Defaults to the model's `image_temperature`.
             top_k (`int`, *optional*): Draws from that many best codes only.
@@ -241,6 +244,7 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         images = None if image is None else image if isinstance(image, list) else [image]
         sampling = self._sampling(
             guidance_scale,
+            reads_picture=images is not None,
             image_guidance_scale=image_guidance_scale,
             do_sample=do_sample,
             temperature=temperature,
@@ -257,8 +261,8 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
                 "text. Give a text, or use `decoding='top_p'`."
             )
         documents = self._find_documents(prompts, images, retriever, num_retrieved, retrieved)
-        if images is None and not any(documents) and image_guidance_scale != 1:
-            raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` or documents to follow.")
+        if images is None and not any(documents) and (scale := sampling.image_guidance_scale) != 1:
+            raise ValueError(f"`image_guidance_scale`={scale} needs an `image` or documents to follow.")
         laid_out = (
             self._lay_out_retrieved(prompts, documents, len(sampling.scales))
             if any(documents)
@@ -279,14 +283,26 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
-    def _sampling(self, guidance_scale: float | None, **fields: Any) -> CodeSampling:
-        """Settings of a drawing, with the model's guidance and temperature where none is asked for."""
+    def _sampling(
+        self,
+        guidance_scale: float | None,
+        reads_picture: bool = False,
+        image_guidance_scale: float | None = None,
+        decoding: str = "top_p",
+        **fields: Any,
+    ) -> CodeSampling:
+        """Settings of a drawing, with defaults where none are asked for."""
         config = self.model.config
         scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
         if fields.get("temperature") is None:
             fields["temperature"] = config.image_temperature
+        if image_guidance_scale is None:
+            guided = reads_picture and scale > 1 and decoding == "top_p"
+            image_guidance_scale = DEFAULT_IMAGE_GUIDANCE_SCALE if guided else 1.0
         self._guidance_scale = scale
-        return CodeSampling(guidance_scale=scale, **fields)
+        return CodeSampling(
+            guidance_scale=scale, image_guidance_scale=image_guidance_scale, decoding=decoding, **fields
+        )
 
     def _lay_out_prompts(
         self, prompts: list[str], images: list[Image.Image] | None, sampling: CodeSampling

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5  # with a picture
 
 
 class TransfusionPipeline(DiffusionPipeline):
@@ -136,7 +137,7 @@ class TransfusionPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        image_guidance_scale: float = 1.0,
+        image_guidance_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -157,9 +158,10 @@ class TransfusionPipeline(DiffusionPipeline):
             generator (`torch.Generator` or a list of one per picture, *optional*): Source of the noise.
             latents (`torch.FloatTensor` of shape `(num_pictures, channels, height, width)`, *optional*):
                 Initial noise in latent pixels.
-            image_guidance_scale (`float`, defaults to 1.0):
-                How closely to follow `image`; 1 is off. With a picture `guidance_scale` leads away from the same
-                prompt without its instruction, whose words of the task stay.
+            image_guidance_scale (`float`, *optional*):
+                How closely to follow `image`; 1 is off. Defaults to 1.5 with a picture and guidance by the text, as in
+                InstructPix2Pix (arXiv 2211.09800), which takes a third stream, and to 1 otherwise. With a picture
+                `guidance_scale` leads away from the same prompt without its instruction, whose words of the task stay.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -176,11 +178,14 @@ class TransfusionPipeline(DiffusionPipeline):
         config = self.model.config
         prompts = [prompt] if isinstance(prompt, str) else prompt
         images = None if image is None else image if isinstance(image, list) else [image]
-        if images is None and image_guidance_scale != 1:
+        if images is None and image_guidance_scale not in (None, 1):
             raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` to follow.")
         height = config.image_size if height is None else height
         width = config.image_size if width is None else width
         self._guidance_scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
+        if image_guidance_scale is None:
+            guided = images is not None and self._guidance_scale > 1
+            image_guidance_scale = DEFAULT_IMAGE_GUIDANCE_SCALE if guided else 1.0
         self._image_guidance_scale = image_guidance_scale
         inputs = self._encode_streams(prompts, images, height * width // config.image_stride**2)
         self._num_timesteps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
