@@ -199,7 +199,7 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
                 first.
             image_guidance_scale (`float`, *optional*):
                 How closely to follow `image`, or the documents before the prompt; 1 is off. Defaults to 1.5 with a
-                picture, guidance by the text and no contrastive decoding, as in InstructPix2Pix (arXiv 2211.09800),
+                picture, guidance by the text and no contrastive decoding, as in the paper (arXiv 2309.02591, Sec. 4),
                 which takes a third stream, and to 1 otherwise. Without it guidance follows the text alone: what stands
                 before it, and a template's words of the task, are in both streams.
             do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.

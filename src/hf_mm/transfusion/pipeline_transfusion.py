@@ -160,7 +160,7 @@ class TransfusionPipeline(DiffusionPipeline):
                 Initial noise in latent pixels.
             image_guidance_scale (`float`, *optional*):
                 How closely to follow `image`; 1 is off. Defaults to 1.5 with a picture and guidance by the text, as in
-                InstructPix2Pix (arXiv 2211.09800), which takes a third stream, and to 1 otherwise. With a picture
+                CM3Leon (arXiv 2309.02591, Sec. 4), which takes a third stream, and to 1 otherwise. With a picture
                 `guidance_scale` leads away from the same prompt without its instruction, whose words of the task stay.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`): Whether to return an [`ImagePipelineOutput`] or a tuple.
