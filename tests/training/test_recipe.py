@@ -45,8 +45,8 @@ def test_every_kind_of_field_can_be_overridden(tmp_path: Path) -> None:
     words = ["--caption_column=none", "--limit", "null", "--no_mirrored", "--ratios", "0.1", "0.7", "--layout=image"]
     (data,) = parse_recipe(DataFields, argv=["--config", path, *words])
     assert data == DataFields("scenes", 64, False, [0.1, 0.7], None, None, "image")
-    (data,) = parse_recipe(DataFields, argv=["--config", path, "--mirrored", "false"])
-    assert data.mirrored is False
+    (data,) = parse_recipe(DataFields, argv=["--config", path, "--mirrored", "false", "--ratios"])
+    assert data.mirrored is False and data.ratios == []
 
 
 def test_empty_values_mean_none_where_allowed(tmp_path: Path) -> None:

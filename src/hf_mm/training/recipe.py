@@ -23,7 +23,7 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
     """Reads the fields of several dataclasses from a flat YAML file and the command line.
 
     `--config file.yaml` (or `--config=file.yaml`) fills the fields; every field can be overridden as
-    `--field_name value`, and `none` sets an optional field back to None. Values of the file pass through the same
+    `--field_name value`; `none` sets an optional field back to None, and no value empties a list. Values of the file pass through the same
     conversion as those of the command line, because YAML reads `3e-4` as a string.
 
     Args:
@@ -44,6 +44,7 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # the first action of a field; `--no_x` of a boolean comes second
         action.help = (action.help or "").replace("%", "%%")  # argparse formats help with %
+        action.nargs = "*" if action.nargs == "+" else action.nargs  # a list of a file can be emptied
     parser.add_argument("--config", metavar="FILE.yaml", help="Flat YAML file with values for the fields below.")
     optional_fields = _allow_none(dataclass_types, actions)
     actions.pop("help")
@@ -120,7 +121,7 @@ def _convert(value: Any, action: argparse.Action, *, where: str) -> Any:
     """Passes a YAML value through the conversion that the command line uses for the same field."""
     if value is None:
         return None
-    is_list = action.nargs == "+"
+    is_list = action.nargs == "*"
     if isinstance(value, dict) or (isinstance(value, list) and not is_list):
         raise ValueError(f"{where}: `{action.dest}`={value!r} is nested. Write one plain value.")
     if is_list:
@@ -186,7 +187,11 @@ class TrainingRecipe:
     resume_from_checkpoint: str = _described(
         "auto", "auto: the newest complete checkpoint in output_dir, if any; none: start anew; or a folder."
     )
-    push_to_hub: str | None = _described(None, "Hub repo id to upload the finished model to, e.g. me/my-model.")
+    push_to_hub: str | None = _described(
+        None, "Hub repo id, e.g. me/my-model, to upload the model to: at each save, without waiting, and at the end."
+    )
+    hub_private_repo: bool = _described(False, "Whether a new repo on the Hub is private.")
+    hub_revision: str | None = _described(None, "Branch on the Hub, made if missing; none: the main one.")
     report_to: list[str] = _described(["tensorboard"], "Trackers of accelerate; none switches them off.")
     max_train_seconds: float | None = _described(
         None, "Wall-clock budget of this launch: when spent, training stops as if done. The schedule stays by steps."
