@@ -34,8 +34,8 @@ STATE_NAME = "training_state.pt"
 # Fields that may change between launches: they move no weight. Batch and accumulation are compared as one product.
 FREE_FIELDS = frozenset(
     "output_dir per_device_train_batch_size gradient_accumulation_steps logging_steps save_steps save_total_limit "
-    "eval_steps sample_steps resume_from_checkpoint push_to_hub report_to max_train_seconds gradient_checkpointing "
-    "torch_compile dataloader_num_workers".split()
+    "eval_steps sample_steps resume_from_checkpoint push_to_hub hub_private_repo hub_revision report_to "
+    "max_train_seconds gradient_checkpointing torch_compile dataloader_num_workers".split()
 )
 
 
