@@ -23,8 +23,8 @@ def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> t
     """Reads the fields of several dataclasses from a flat YAML file and the command line.
 
     `--config file.yaml` (or `--config=file.yaml`) fills the fields; every field can be overridden as
-    `--field_name value`; `none` sets an optional field back to None, and no value empties a list. Values of the file pass through the same
-    conversion as those of the command line, because YAML reads `3e-4` as a string.
+    `--field_name value`. `none` sets an optional field back to None, and no value empties a list. Values of the file
+    pass through the same conversion as those of the command line, because YAML reads `3e-4` as a string.
 
     Args:
         dataclass_types (`type`): Dataclasses whose field names do not overlap, usually one per concern.
