@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
+from huggingface_hub import EvalResult
 from transformers import CLIPModel, CLIPProcessor
 
+from hf_mm.cards import add_eval_results, write_card
 from hf_mm.data.captioned_pictures import CaptionedPictures
 from hf_mm.data.clip_encoder import ClipEncoder
 from hf_mm.data.icon_glyphs import GLYPH_SETS, OBJECT_COLORS
@@ -18,6 +20,7 @@ from hf_mm.data.icon_records import describe, scene_key
 from hf_mm.evaluation.retrieval import retrieval_recall
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.samples import save_captioned_grid
+from reporting import CARDS, card_values, describe_origin
 
 
 BATCH_SIZE, NUM_SHOWN = 64, 16
@@ -130,13 +133,37 @@ class ClipReport:
         path = self.output_dir / "samples" / f"step-{step:06d}.png"
         save_captioned_grid(shown, [pairs[number][1] for number in best], path)
 
-    def export(self) -> str:
-        """Saves model, processor and what was measured into the output folder, and says so; for the main process."""
+    def export(self, facts: dict[str, Any], recipe: dict[str, Any], data_report: str) -> str:
+        """Saves model, processor, scores and card into the output folder, and says so; for the main process.
+
+        Args:
+            facts (`dict`): Of the run, for the card.
+            recipe (`dict`): All fields of the run.
+            data_report (`str`): What was read and what was dropped, for the card.
+
+        Returns:
+            `str`: where it is, and how good.
+        """
         with self._averaged():
             measured = self.measure()
             self.model.save_pretrained(self.output_dir)
         self.processor.save_pretrained(self.output_dir)
         text = json.dumps({**measured, "num_pairs": len(self.rows)}, indent=2)
         (self.output_dir / "retrieval.json").write_text(text, encoding="utf-8")
+        self._write_card(measured, facts, recipe, data_report)
         told = json.dumps({name: round(value, 3) for name, value in measured.items()})
         return f"The model is in {self.output_dir}, with {told} on {len(self.rows)} pairs."
+
+    def _write_card(
+        self, measured: dict[str, float], facts: dict[str, Any], recipe: dict[str, Any], data_report: str
+    ) -> None:
+        data = {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
+        values = card_values(self.output_dir, self.model, facts, recipe, data_report)
+        write_card(self.output_dir, CARDS / "clip.md", {**data, **describe_origin(recipe)}, values)
+        shared = {"task_type": "zero-shot-image-classification", "dataset_type": recipe["dataset_name"]}
+        shared["dataset_name"] = f"{recipe['dataset_name']}, {len(self.rows)} held-out pairs"
+        results = [
+            EvalResult(**shared, metric_type="accuracy", metric_name=name.replace("_", " "), metric_value=value)
+            for name, value in measured.items()
+        ]
+        add_eval_results(self.output_dir, results)

@@ -2,20 +2,25 @@
 
 python recipes/evaluate.py --model_name_or_path runs/transfusion_tiny --output_dir runs/transfusion_tiny/evaluation
 
-Beside the scores stand those of the true pictures and of shuffled prompts, which say how far the ruler can be trusted.
+The scores also go into the card of a folder. Beside them stand those of the true pictures and of shuffled prompts,
+which say how far the ruler can be trusted.
 """
 
 import json
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult
 from PIL import Image
 from tqdm.auto import tqdm
 
+from hf_mm.cards import add_eval_results
 from hf_mm.data.icon_scenes import icon_scenes_dataset
 from hf_mm.training.recipe import parse_recipe
 from hf_mm.training.samples import save_captioned_grid
@@ -53,6 +58,39 @@ def score_captions(pipe: DiffusionPipeline, rows: Any, recipe: EvaluationRecipe)
     return {f"{part}_named": count / len(rows) for part, count in named.items()}
 
 
+def list_results(scores: Mapping[str, Any], recipe: EvaluationRecipe) -> list[EvalResult]:
+    """Spells scores as the Hub does in a card: of drawn pictures by kind of scene, and of captions.
+
+    Args:
+        scores (`Mapping`): As `scores.json` has them.
+        recipe ([`EvaluationRecipe`]): What was asked.
+
+    Returns:
+        `list[EvalResult]`: shares from 0 to 1.
+    """
+
+    def result(task: str, config: str, data: str, name: str, value: float) -> EvalResult:
+        return EvalResult(
+            task_type=task,
+            dataset_type=f"icon_scenes:{recipe.glyph_set}",
+            dataset_name=f"held-out scenes of {recipe.glyph_set}, {data}",
+            dataset_config=config,  # by which cards tell data apart
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+
+    drawn = [
+        result("text-to-image", kind, f"{kind.replace('_', ' ')} ({rates['num_images']})", name, rates[name])
+        for kind, rates in scores["drawn"].items()
+        for name in ("scene_correct", "glyph_correct", "color_correct")
+    ]
+    captions = scores.get("captions", {}).items()
+    asked = f"captions of single objects ({recipe.num_captions})"
+    return drawn + [result("image-to-text", "single_object", asked, name, value) for name, value in captions]
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Draws, scores, captions, and saves a grid and the scores."""
     (recipe,) = parse_recipe(EvaluationRecipe, argv=argv)
@@ -87,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "scores.json").write_text(json.dumps({"recipe": vars(recipe), **scores}, indent=2), encoding="utf-8")
+    if Path(recipe.model_name_or_path).is_dir():
+        note = f"`recipes/evaluate.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
+        add_eval_results(recipe.model_name_or_path, list_results(scores, recipe), note=note)
     shown = [Image.fromarray(picture) for picture in pictures[:24]]
     save_captioned_grid(shown, prompts[:24], output_dir / "grid.png")
     print(json.dumps({name: value for name, value in scores.items()}, indent=2))

@@ -39,6 +39,7 @@ from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
+from pushing import HubPush
 from reporting import RunReport, describe_run, finish_run, first_captions
 from retrieving import TrainingMemory
 from task_sources import iterate_task_texts
@@ -214,6 +215,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     held_out = (rows.held_out, extra.num_eval_documents, recipe.per_device_train_batch_size, recipe.seed + 1)
     evaluate = run_report.evaluation(lambda: documents.fixed(*held_out), model.count_targets)
     eval_steps = recipe.eval_steps if extra.eval_dataset_split else None
+
+    def export(folder: Path) -> None:  # by all processes: weights may be sharded
+        facts = describe_run("pretrain.py", argv, accelerator, recipe, len(rows.pairs), progress)
+        run_report.export(folder, facts, asdict(recipe) | identity, rows.caption_report)
+
+    push = HubPush(accelerator, recipe, export)
     train(
         accelerator,
         parts,
@@ -222,12 +229,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=model.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate)],
+        every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate), push.every],
     )
-    facts = describe_run("pretrain.py", argv, accelerator, recipe, len(rows.pairs), progress)
-    run_report.export(facts, asdict(recipe) | identity, rows.caption_report)  # by all: weights may be sharded
-    told = f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes."
-    finish_run(accelerator, recipe, lambda: told)
+    export(output_dir)
+    finish_run(accelerator, push, lambda: f"The finished model is in {output_dir}, after {progress.step} steps.")
     return output_dir
 
 

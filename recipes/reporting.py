@@ -3,7 +3,10 @@
 import copy
 import itertools
 import json
+import platform
+import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +19,21 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from hf_mm.cards import HERE, write_card
 from hf_mm.data.formats import iterate_captions
-from hf_mm.hub import export_folder, push_folder
+from hf_mm.hub import export_folder
 from hf_mm.text_to_image import build_drawing_pipeline
 from hf_mm.training.held_out import held_out_loss
-from hf_mm.training.history import read_history
+from hf_mm.training.history import draw_loss_curves, read_history
 from hf_mm.training.loop import TrainingProgress
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.recipe import TrainingRecipe
 from hf_mm.training.samples import save_captioned_grid
+from pushing import HubPush
 
 
-CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "pretraining.md"
+CARDS = Path(__file__).parents[1] / "model_cards"
+PICTURES = ("samples.png", "reconstructions.png", "loss_curves.png")
 
 
 def count_loss_parts(counts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -64,32 +70,49 @@ def describe_run(
         progress (`TrainingProgress`): How far it came.
 
     Returns:
-        `dict`: command, processes, minutes in training steps, rows, steps, and what was seen by kind.
+        `dict`: command, seed, processes, hardware, minutes in training steps, hours of all devices together, rows,
+        steps, and what was seen by kind.
     """
     history = read_history(Path(recipe.output_dir) / "history.jsonl") if accelerator.is_main_process else []
+    minutes = sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60
     return {
         "command": f"recipes/{script} {shlex.join(argv)}",
+        "seed": recipe.seed,
         "num_processes": accelerator.num_processes,
-        "minutes": round(sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60, 1),
+        "hardware": describe_hardware(accelerator.device),
+        "minutes": round(minutes, 1),
+        "device_hours": round(minutes * accelerator.num_processes / 60, 2),
         "num_rows": num_rows,
         "step": progress.step,
         "num_seen": progress.num_seen,
     }
 
 
-def finish_run(accelerator: Accelerator, recipe: TrainingRecipe, finish: Callable[[], str]) -> None:
-    """Lets the main process save and upload the results, and closes the trackers. To be called by all processes.
+def describe_hardware(device: torch.device) -> str:
+    """Names what one process computes on: the accelerator, or the processor and the threads used of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} ({device.type}), {torch.get_num_threads()} thread(s)"
+
+
+def finish_run(accelerator: Accelerator, push: HubPush, finish: Callable[[], str]) -> None:
+    """Lets the main process save and publish the results, and closes the trackers. To be called by all processes.
 
     Args:
         accelerator (`Accelerator`): Of the run.
-        recipe (`TrainingRecipe`): With the folder and the Hub repo.
+        push ([`HubPush`]): Publishes, if the recipe says where.
         finish (`Callable[[], str]`): Saves what is left to save, and says where the results are, and how good.
     """
-    if accelerator.is_main_process:
-        print(finish())
-        if recipe.push_to_hub is not None:
-            print(f"Uploaded: {push_folder(recipe.output_dir, recipe.push_to_hub)}")
-    accelerator.end_training()
+    try:
+        if accelerator.is_main_process:
+            print(finish())
+            if (address := push.finish()) is not None:
+                print(f"Uploaded: {address}")
+    finally:
+        accelerator.end_training()
 
 
 def gather_model(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -186,35 +209,106 @@ class RunReport:
 
     def export(
         self,
+        folder: Path,
         facts: dict[str, Any],
         recipe: dict[str, Any],
-        caption_report: str,
+        data_report: str,
         finish_model: Callable[[], Any] | None = None,
+        card: str = "pretraining",
     ) -> None:
-        """Writes the finished model, a last grid and the card into the output folder.
+        """Writes the model as it stands, a last grid and the card into a folder.
 
         Args:
+            folder (`Path`): The output folder at the end; before, another, which gets the newest grid there is.
             facts (`dict`): Of the run, for the card.
             recipe (`dict`): All fields of the run.
-            caption_report (`str`): What was read, for the card.
+            data_report (`str`): What was read and what was dropped, for the card.
             finish_model (`Callable`, *optional*): Returns the model to export in the place of the trained one, such
                 as a copy with its adapters merged. Called while the averaged weights are in place.
+            card (`str`, defaults to `"pretraining"`): Template in `model_cards/`.
         """
         with self.pipeline() as pipeline:
             if pipeline is None:
                 return
             if finish_model is not None:
                 pipeline.register_modules(model=finish_model())
-            if self.prompts:
-                self._save_grid(pipeline, self.output_dir / "samples.png")
+            folder.mkdir(parents=True, exist_ok=True)
+            if folder == self.output_dir and self.prompts:
+                self._save_grid(pipeline, folder / "samples.png")
+            elif grids := sorted((self.output_dir / "samples").glob("step-*.png")):
+                shutil.copyfile(grids[-1], folder / "samples.png")
+            draw_loss_curves(read_history(self.output_dir / "history.jsonl"), folder / "loss_curves.png")
+            tasks = self.output_dir / "tasks.md"
+            values = card_values(folder, pipeline.model, facts, recipe, data_report)
             export_folder(
                 pipeline,
-                self.output_dir,
-                card_template=CARD_TEMPLATE,
-                card_data={"license": "apache-2.0", "tags": ["image-to-text", pipeline.model.config.model_type]},
-                card_values={
-                    "facts": facts,
-                    "recipe": json.dumps(recipe, indent=2),
-                    "caption_report": caption_report,
-                },
+                folder,
+                card_template=CARDS / f"{card}.md",
+                card_data=describe_model(pipeline.model, recipe),
+                card_values={**values, "tasks": tasks.read_text(encoding="utf-8") if tasks.is_file() else ""},
             )
+
+
+def card_values(
+    folder: Path, model: torch.nn.Module, facts: Mapping[str, Any], recipe: Mapping[str, Any], data_report: str
+) -> dict[str, Any]:
+    """What every template in `model_cards/` is filled with.
+
+    Args:
+        folder (`Path`): That the card goes into.
+        model (`torch.nn.Module`): Whose weights are counted.
+        facts (`Mapping`): From `describe_run`.
+        recipe (`Mapping`): All fields of the run.
+        data_report (`str`): What was dropped from the data, or how it was mixed.
+
+    Returns:
+        `dict`: the slots.
+    """
+    pictures = [name for name in PICTURES if (folder / name).is_file()]
+    return {
+        "name": Path(recipe["push_to_hub"] or folder.resolve().name).name,
+        "place": recipe["push_to_hub"] or HERE,
+        "num_parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
+        "facts": facts,
+        "data": ", ".join(f"`{name}`" for name in find_data(recipe)),
+        "caption_report": data_report,
+        "recipe": json.dumps(recipe, indent=2),
+        "pictures": pictures,
+    }
+
+
+def describe_adapter(
+    folder: Path, adapted: Any, facts: Mapping[str, Any], recipe: Mapping[str, Any], data_report: str
+) -> None:
+    """Writes the card of adapters that were saved alone, in the place of the one of PEFT; see `card_values`."""
+    values = card_values(folder, torch.nn.ParameterList(trainable_parameters(adapted)), facts, recipe, data_report)
+    base = find_hub_id(recipe["model_name_or_path"])
+    data = {"library_name": "peft", **describe_origin(recipe), "tags": ["lora"]}
+    write_card(folder, CARDS / "adapter.md", data, {**values, "base": base or recipe["model_name_or_path"]})
+
+
+def describe_model(model: Any, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter of a card: what the Hub sorts by."""
+    return {**describe_origin(recipe), "tags": ["image-to-text", model.config.model_type]}
+
+
+def describe_origin(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The front matter of every kind: licence, and what on the Hub the model was made from."""
+    data: dict[str, Any] = {"license": "apache-2.0"}
+    if base := find_hub_id(recipe.get("model_name_or_path")):
+        data["base_model"] = base
+    if datasets := [found for name in find_data(recipe) if (found := find_hub_id(name))]:
+        data["datasets"] = datasets
+    return data
+
+
+def find_data(recipe: Mapping[str, Any]) -> list[str]:
+    """The names of what a run read."""
+    names = [recipe.get(field) for field in ("dataset_name", "text_dataset_name")]
+    return [name for name in [*names, *recipe.get("sources", [])] if name]
+
+
+def find_hub_id(name: str | None) -> str | None:
+    """The Hub id in a name of data or of a model; None where it is of this machine or comes with hf_mm."""
+    name = (name or "").rpartition("@")[2]
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None

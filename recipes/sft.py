@@ -12,14 +12,16 @@ how well each task is done before and after, `tasks/` shows inputs, instructions
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from peft import PeftModel
 
-from adapting import AdapterArguments, add_adapters, describe_adapters, merge_adapters
+from adapting import ADAPTER, AdapterArguments, add_adapters, describe_adapters, merge_adapters
 from building import DocumentBatches, ModelArguments, build_model, load_config, reads_codes
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.cm3_masking import SpanArguments
@@ -31,7 +33,8 @@ from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
-from reporting import RunReport, describe_run, finish_run, first_captions
+from pushing import HubPush
+from reporting import RunReport, describe_adapter, describe_run, finish_run, first_captions
 from task_report import TaskReport
 from task_sources import (
     OpenedSource,
@@ -129,6 +132,26 @@ def build_batches(
     return documents.endless(rows, None, sampler, recipe.seed, recipe.dataloader_num_workers)
 
 
+def build_export(
+    run_report: RunReport,
+    adapted: PeftModel | None,
+    describe: Callable[[], dict[str, Any]],
+    recipe: dict[str, Any],
+    data_report: str,
+) -> Callable[[Path], None]:
+    """Returns what writes the model as it stands into a folder, and adapters alone; to be called by all processes."""
+    adapter = run_report.output_dir / ADAPTER
+    merge = None if adapted is None else lambda: merge_adapters(adapted, run_report.output_dir)
+
+    def export(folder: Path) -> None:
+        facts = describe()
+        run_report.export(folder, facts, recipe, data_report, merge, "instruction_tuning")
+        if adapted is not None and run_report.accelerator.is_main_process:
+            describe_adapter(adapter, adapted, facts, recipe, data_report)
+
+    return export
+
+
 def main(argv: Sequence[str] | None = None) -> Path:
     """Tunes, scores tasks on the way, and exports the finished model."""
     argv = sys.argv[1:] if argv is None else argv
@@ -156,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             pairs, _ = prepare_rows(pairs, data_args, caption_args, processor.tokenizer, documents.limit)
     sources = encode_all(opened, pairs, model, documents, recipe, accelerator)
     shares, rows = share_out(sources, source_args), TaskRows(sources)
-    accelerator.print(spell_shares(sources, shares))
+    accelerator.print(told := spell_shares(sources, shares))
 
     adapted = add_adapters(model, adapters)
     accelerator.print(describe_adapters(model))
@@ -168,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     prompts = [] if pairs is None else first_captions(pairs, NUM_PROMPTS)
     run_report = RunReport(accelerator, parts, processor, prompts, output_dir)
     tasks = TaskReport(run_report, opened, tuning.num_samples, recipe.seed)
+    describe = partial(describe_run, "sft.py", argv, accelerator, recipe, len(rows), progress)
+    export = build_export(run_report, adapted, describe, asdict(recipe) | identity, told)
+    push = HubPush(accelerator, recipe, export)
     if first_step == 0 and tuning.reports_start:
         tasks.report(0)
     train(
@@ -178,13 +204,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=model.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.eval_steps, tasks.report)],
+        every=[(recipe.eval_steps, tasks.report), push.every],
     )
-    facts = describe_run("sft.py", argv, accelerator, recipe, len(rows), progress)
-    merge = None if adapted is None else lambda: merge_adapters(adapted, output_dir)
-    run_report.export(facts, asdict(recipe) | identity, spell_shares(sources, shares), finish_model=merge)
-    told = f"The finished model is in {output_dir}: {progress.step} steps in {facts['minutes']} minutes."
-    finish_run(accelerator, recipe, lambda: told)
+    export(output_dir)
+    finish_run(accelerator, push, lambda: f"The finished model is in {output_dir}, after {progress.step} steps.")
     return output_dir
 
 

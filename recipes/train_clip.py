@@ -12,6 +12,7 @@ To draw eight candidates and keep the one it likes best:
     DiffusionPipeline.from_pretrained("runs/cm3leon_tiny", **clip)("a red star", num_candidates=8)
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +38,8 @@ from hf_mm.training.contrastive import LOSS_PARTS, ContrastiveTrainer
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
-from reporting import finish_run
+from pushing import HubPush
+from reporting import describe_run, finish_run
 
 
 @dataclass
@@ -170,9 +172,11 @@ def build_batches(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, measures recall on the way, and saves model and processor."""
+    argv = sys.argv[1:] if argv is None else argv
     clip_args, data_args, caption_args, recipe = parse_recipe(*ARGUMENTS, argv=argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
     config = load_clip_config(clip_args)
     side = config.vision_config.image_size
     with accelerator.main_process_first():
@@ -213,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         ],
         loss_parts=LOSS_PARTS,
     )
-    finish_run(accelerator, recipe, shown.export)
+    facts = describe_run("train_clip.py", argv, accelerator, recipe, len(rows), progress)
+    told = "" if report is None else report.to_markdown()
+    finish_run(accelerator, push, lambda: shown.export(facts, asdict(recipe) | identity, told))
     return output_dir
 
 

@@ -10,14 +10,18 @@ folder, with the measured latent scale in its config or the usage of the codes b
 """
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch.utils.data import DataLoader
 
+from hf_mm.cards import write_card
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.mixing import StepSampler
 from hf_mm.data.pictures import TrainingPictures
@@ -36,7 +40,8 @@ from hf_mm.training.image_tokenizer_codecs import VQCodec, measure_latent_scale,
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import TrainingParts, ema_weights, prepare_training, trainable_parameters
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
-from reporting import finish_run
+from pushing import HubPush
+from reporting import CARDS, card_values, describe_origin, describe_run, finish_run
 
 
 def build_upkeep(
@@ -69,8 +74,21 @@ def export(
     pictures: TrainingPictures,
     num_pictures: int,
     output_dir: Path,
+    write: Callable[[str], object],
 ) -> str:
-    """Measures the latent scale or the usage of the codes, saves the tokenizer, and says what was measured."""
+    """Measures the latent scale or the usage of the codes, saves the tokenizer, and says what was measured.
+
+    Args:
+        tokenizer (`AutoencoderKL` or `VQModel`): That was trained.
+        parts ([`TrainingParts`]): With the averaged weights.
+        pictures ([`TrainingPictures`]): To measure on.
+        num_pictures (`int`): How many of them.
+        output_dir (`Path`): Where to.
+        write (`Callable[[str], object]`): Writes the card, with what was measured.
+
+    Returns:
+        `str`: where it is, and what was measured.
+    """
     with ema_weights(parts.ema, trainable_parameters(parts.model)):
         images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
         if isinstance(tokenizer.eval(), VQModel):
@@ -84,7 +102,24 @@ def export(
             measured = f"latent scale {scale:.4f}"
         save_reconstructions(tokenizer, pictures.first(8), output_dir / "reconstructions.png")
         tokenizer.save_pretrained(output_dir)
+    write(f"Measured on {num_pictures} training pictures: {measured}.")
     return f"The tokenizer is in {output_dir}, with {measured}."
+
+
+def describe_tokenizer(
+    folder: Path,
+    tokenizer: AutoencoderKL | VQModel,
+    facts: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    data_report: str,
+    measured: str,
+) -> None:
+    """Writes the card of a tokenizer; see `card_values` of reporting."""
+    values = card_values(folder, tokenizer, facts, recipe, data_report)
+    data = {"library_name": "diffusers", "pipeline_tag": "image-to-image", **describe_origin(recipe)}
+    write_card(
+        folder, CARDS / "image_tokenizer.md", data, {**values, "kind": type(tokenizer).__name__, "measured": measured}
+    )
 
 
 def read_recipe(
@@ -104,9 +139,11 @@ def read_recipe(
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Trains, measures the latent scale or the usage of the codes, and saves the tokenizer."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments, data_args, caption_args, recipe = read_recipe(argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
     tokenizer = build_image_tokenizer(arguments)
     latent_shape = find_latent_shape(tokenizer, arguments.image_size)
     with accelerator.main_process_first():
@@ -156,7 +193,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         loss_parts=LOSS_PARTS,
     )
     num_pictures = min(arguments.num_scale_images, len(rows))
-    finish_run(accelerator, recipe, lambda: export(tokenizer, parts, pictures, num_pictures, output_dir))
+    facts = describe_run("train_image_tokenizer.py", argv, accelerator, recipe, len(rows), progress)
+    told = "" if report is None else report.to_markdown()
+    write = partial(describe_tokenizer, output_dir, tokenizer, facts, asdict(recipe) | identity, told)
+    finish_run(accelerator, push, lambda: export(tokenizer, parts, pictures, num_pictures, output_dir, write))
     return output_dir
 
 

@@ -6,21 +6,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
-from hf_mm import CM3LeonPipeline, TransfusionPipeline
-from hf_mm.hub import check_cold_load, make_self_contained, write_code
-
-
-@pytest.fixture(params=["transfusion", "cm3leon"])
-def folder(request, make_model, make_processor, make_cm3leon, make_cm3leon_processor, tiny_vq, tmp_path):
-    if request.param == "transfusion":
-        model = make_model(patch_positions="rotary", patch_layer="unet")
-        pipe = TransfusionPipeline(model, make_processor(model.config), model.default_scheduler())
-    else:
-        model = make_cm3leon(vq_config=tiny_vq)
-        pipe = CM3LeonPipeline(model, make_cm3leon_processor(model.config))
-    pipe.save_pretrained(tmp_path / "repo")
-    write_code(pipe, tmp_path / "repo")
-    return tmp_path / "repo"
+from hf_mm.hub import check_cold_load, make_self_contained
 
 
 def test_with_hf_mm_its_own_classes_load_the_folder_and_no_trust_is_asked_for(folder):

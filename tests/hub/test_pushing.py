@@ -1,0 +1,146 @@
+"""A run keeps a Hub repo up to date without waiting for it, and a lost Hub costs no training."""
+
+import json
+import shutil
+
+import pytest
+from accelerate import Accelerator
+from hub_server import File, Repo
+from huggingface_hub import ModelCard
+
+import pretrain
+from hf_mm.training.recipe import TrainingRecipe
+from pushing import PUSHED, HubPush
+
+
+NAME = "me/run"
+MICRO_MODEL = {
+    "model_type": "transfusion",
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 160,
+    },
+    "image_size": 16,
+    "patch_size": 4,
+    "num_inference_steps": 2,
+    "boi_token_id": 3,
+    "eoi_token_id": 4,
+    "image_token_id": 5,
+}
+
+
+@pytest.fixture
+def exported(make_folder):
+    return make_folder("transfusion")
+
+
+@pytest.fixture
+def make_push(hub, exported, tmp_path, monkeypatch):
+    """Pushes of a run whose model never changes but for a number that is counted up; and the number."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    numbers = []
+
+    def export(folder):
+        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        numbers.append(len(numbers))
+        (folder / "number.txt").write_text(str(numbers[-1]))
+
+    def make(**fields):
+        recipe = TrainingRecipe(output_dir=str(tmp_path / "run"), max_steps=9, save_steps=3, **fields)
+        return HubPush(Accelerator(cpu=True), recipe, export), numbers
+
+    return make
+
+
+def wait(push):
+    push._sender.join(timeout=60)
+    assert not push._sender.is_alive()
+
+
+def test_a_save_is_uploaded_in_the_background_as_a_whole_model(hub, make_push, capsys):
+    push, _ = make_push(push_to_hub=NAME, hub_private_repo=True, hub_revision="v1")
+    period, action = push.every
+    assert period == 3
+    action(3)
+    wait(push)
+    files = hub.files(NAME, "v1")
+    assert {"model.safetensors", "model/from_root.py", "README.md", "number.txt"} <= files.keys()
+    assert hub.repos[NAME].private and hub.repos[NAME].find("v1").message == "Step 3 of 9"
+    assert "Step 3 is uploaded" in capsys.readouterr().out
+
+
+def test_there_are_never_two_uploads_at_a_time_and_none_at_the_last_step(hub, make_push):
+    push, numbers = make_push(push_to_hub=NAME)
+    with hub.lock:  # no answer comes
+        push.push(3)
+        push.push(6)
+        assert push._sender.is_alive() and numbers == [0]
+    wait(push)
+    push.push(9)  # the finished model follows
+    assert numbers == [0]
+    push.push(6)
+    wait(push)
+    assert hub.files(NAME)["number.txt"] == b"1"
+
+
+def test_a_lost_hub_only_warns_and_the_next_save_tries_again(hub, make_push, capsys):
+    push, _ = make_push(push_to_hub=NAME)
+    hub.refused = {"/commit/": 503}
+    push.push(3)
+    wait(push)
+    assert "Step 3 is not uploaded; the next save tries again." in capsys.readouterr().out
+    hub.refused = {}
+    push.push(6)
+    wait(push)
+    assert hub.files(NAME)["number.txt"] == b"1"
+
+
+def test_the_end_publishes_what_is_finished_and_says_where_or_how_to_try_again(hub, make_push, exported, not_checked):
+    push, _ = make_push(push_to_hub=NAME)
+    shutil.copytree(exported, push.recipe.output_dir)
+    push.push(6)
+    hub.refused = {"/commit/": 503}
+    with pytest.raises(SystemExit, match="recipes/publish.py --model_name_or_path .*run --repo_id me/run"):
+        push.finish()
+    hub.refused = {}
+    assert push.finish() == f"{hub.url}/{NAME}/commit/{hub.repos[NAME].branches['main']}"
+    assert not push.folder.exists()
+
+
+def test_what_would_be_refused_at_the_end_is_refused_at_the_start(hub, make_push, monkeypatch):
+    hub.repos[NAME] = Repo(NAME, private=False)
+    hub.repos[NAME].commit("main", "other", {"data.csv": File(b"1,2", 3)})
+    with pytest.raises(ValueError, match="holds something else"):
+        make_push(push_to_hub=NAME)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(PermissionError, match="hf auth login"):
+        make_push(push_to_hub="me/new")
+
+
+def test_without_a_repo_nothing_is_asked(hub, make_push):
+    push, numbers = make_push()
+    assert push.every[0] is None and push.finish() is None
+    assert not hub.requests and not numbers
+
+
+def test_training_pushes_on_its_way_and_at_its_end(hub, tmp_path, not_checked, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    (tmp_path / "model.json").write_text(json.dumps(MICRO_MODEL))
+    fields = {"config_name": tmp_path / "model.json", "output_dir": tmp_path / "run", "num_scenes": 23, "max_steps": 3}
+    fields |= {"vocab_size": 300, "per_device_train_batch_size": 4, "logging_steps": 1, "mixed_precision": "no"}
+    fields |= {"report_to": "none", "num_samples": 2, "save_steps": 2, "push_to_hub": NAME}
+    folder = pretrain.main([word for name, value in fields.items() for word in (f"--{name}", str(value))])
+    messages = [commit.message for commit in hub.repos[NAME].commits.values()]
+    assert messages == ["initial commit", "Step 2 of 3", "Upload model"]
+    files = hub.files(NAME)
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert {"samples.png", "loss_curves.png"} <= files.keys()
+    assert not [name for name in files if name.startswith(("checkpoint", PUSHED))]
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "hf_mm" and f'model="{NAME}"' in card.text and "seed 0" in card.text
+    assert f"Uploaded: {hub.url}/{NAME}/commit/" in capsys.readouterr().out
