@@ -169,7 +169,8 @@ def test_a_box_needs_its_place_and_its_label_and_the_color_counts_apart():
     table = rows("boxes", 30)
     asked = (column(table, "scene"), column(table, "objects"))
     centred = [moved(scene, x=0.5, y=0.5, size=0.56) for scene in asked[0]]
-    assert box_accuracy(centred, *asked, **ruler())["box_accuracy"] < 0.5
+    scores = box_accuracy(centred, *asked, **ruler())
+    assert scores["box_accuracy"] < 0.5 and scores["placement_accuracy"] < 0.5
     renamed = [
         [{**entry, "label": "bolt" if entry["label"] != "bolt" else "key"} for entry in row] for row in asked[1]
     ]
@@ -179,6 +180,7 @@ def test_a_box_needs_its_place_and_its_label_and_the_color_counts_apart():
     kept = [row for row in table if row["objects"][0]["label"] != "bolt"]
     scores = box_accuracy(unlike, column(kept, "scene"), column(kept, "objects"), **ruler())
     assert scores["box_accuracy"] == scores["mean_iou"] == 0
+    assert scores["placement_accuracy"] > 0.5  # another outline in nearly the same box
     recolored = []
     for scene in asked[0]:
         record = json.loads(scene)

@@ -260,7 +260,15 @@ def _score_boxes(
         overlap = 0.0 if best is None else box_iou(best["box"], entry["box"])
         hit = overlap >= BOX_IOU
         is_colored = best is not None and best["color"] == colors_of[entry["label"]]
-        scores.append({"box_accuracy": hit, "mean_iou": overlap, "color_and_box_accuracy": hit and is_colored})
+        is_placed = any(box_iou(item["box"], entry["box"]) >= BOX_IOU for item in found)
+        scores.append(
+            {
+                "box_accuracy": hit,
+                "mean_iou": overlap,
+                "color_and_box_accuracy": hit and is_colored,
+                "placement_accuracy": is_placed,
+            }
+        )
         unused = [item for item in unused if item is not best]
     return scores
 
@@ -290,7 +298,8 @@ def box_accuracy(
     Returns:
         `dict[str, float]`: over all asked boxes, `box_accuracy`, the share for which an object of that label is found
         at an intersection over union of `BOX_IOU` or more, `mean_iou`, 0 where none of that label is found, and
-        `color_and_box_accuracy`, the share that has the asked colour too.
+        `color_and_box_accuracy`, the share that has the asked colour too, and `placement_accuracy`, the share whose
+        box holds something at that intersection over union, whatever its outline.
 
     Raises:
         ValueError: If there is no row or no box, the numbers differ, a label is no glyph of the scene, or a picture is
