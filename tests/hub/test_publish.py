@@ -45,11 +45,13 @@ def refused(kind, words, *arguments, **options):
 
 
 def test_what_is_published_comes_back_alike_and_is_one_commit(hub, folder, download):
+    (folder / "README.md").write_text('---\nlicense: mit\n---\n\npipeline(model=".")\n')
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     address = publish(folder, NAME)
     assert address == f"{hub.url}/{NAME}/commit/{hub.repos[NAME].branches['main']}"
     assert len(hub.repos[NAME].commits) == 2  # the Hub's first, and one with everything
     assert_equal_weights(download(), folder)
+    assert b'pipeline(model="me/model")' in hub.files(NAME)["README.md"]
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
