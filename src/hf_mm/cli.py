@@ -1,13 +1,14 @@
-"""The command `hf-mm`: draws, edits, captions and converses from a shell, through the same pipelines as from Python.
+"""The command `hf-mm`: draws, edits, captions, converses and trains from a shell, by the same parts as from Python.
 
 Knows arguments, files and messages; what a picture or a caption is, the pipelines know. Pictures are described on
 standard output, progress and errors go to standard error. Exit codes: 0 done, 1 failed, 2 called wrongly.
 """
 
-import inspect
+import importlib.util
 import json
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,10 @@ import typer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from gradio import Blocks
     from PIL import Image
 
-    from .cm3leon import CM3LeonPipeline
     from .data.retrieval import Retrieved
-    from .transfusion import TransfusionPipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 GENERATE_EXAMPLES = """\b
@@ -49,6 +49,26 @@ Examples:
   hf-mm chat --model me/my-transfusion-sft
   hf-mm chat --image star.png --output-dir pictures
   printf '/image star.png\\nwhat is it?\\nmake it blue\\n' | hf-mm chat --json
+"""
+
+INFO_EXAMPLES = """\b
+Examples:
+  hf-mm info
+  hf-mm info me/my-transfusion
+  hf-mm info runs/cm3leon_tiny_sft --json
+"""
+TRAIN_EXAMPLES = """\b
+Examples:
+  hf-mm train recipes/configs/transfusion_tiny_pretrain.yaml
+  hf-mm train recipes/configs/transfusion_tiny_sft.yaml -- --learning_rate 1e-4 --output_dir runs/mine
+  hf-mm train recipes/configs/cm3leon_7b_pretrain.yaml --accelerate-config my_cluster.yaml --dry-run
+"""
+DEMO_EXAMPLES = """\b
+Examples:
+  hf-mm demo
+  hf-mm demo --model me/my-transfusion-sft --port 7861 --example "a red fox" --example "a blue boat"
+  hf-mm demo --model me/my-cm3leon --retrieval-dir runs/retrieval
+  hf-mm demo --model me/my-transfusion-sft --space-dir my-space
 """
 
 app = typer.Typer(
@@ -115,6 +135,8 @@ def generate(
     with one_line_errors():
         import torch
 
+        from .loading import asked_for, load_pipeline, save_pictures
+
         check_retrieval(retrieval_dir, num_retrieved)
         pipeline = load_pipeline(model, trust_remote_code)
         found = retrieve(pipeline, prompts, retrieval_dir, num_retrieved)
@@ -156,6 +178,7 @@ def caption(
     """Describe pictures."""
     with one_line_errors():
         from .data.formats import open_image
+        from .loading import load_reader
 
         pictures = [open_image(image, field=image) for image in images]
         pipeline = load_reader(model, trust_remote_code, "describe pictures")
@@ -198,6 +221,7 @@ def edit(
         import torch
 
         from .data.formats import open_image
+        from .loading import asked_for, load_reader, save_pictures
 
         picture = open_image(image, field=image)
         pipeline = load_reader(model, trust_remote_code, "edit pictures")
@@ -242,6 +266,7 @@ def chat(
 
         from .chat import COMMANDS, Conversation, converse, read_lines
         from .data.formats import open_image
+        from .loading import load_reader, save_pictures
 
         def open_picture(path: str) -> "Image.Image":
             return open_image(path, field=path)
@@ -267,24 +292,133 @@ def chat(
         converse(conversation, lines, say=typer.echo, complain=complain, as_json=as_json)
 
 
-def load_reader(model: str | None, trust_remote_code: bool, deed: str) -> "CM3LeonPipeline | TransfusionPipeline":
-    """Loads a pipeline that reads pictures, refusing others.
+@app.command(epilog=INFO_EXAMPLES)
+def info(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Checkpoint: a Hub id or a folder. Default: one ships with hf_mm."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell the sizes, tasks and memory need of a checkpoint, without loading its weights."""
+    with one_line_errors():
+        from .checkpoint_info import describe_checkpoint, spell_checkpoint
+        from .loading import missing_model
+        from .text_to_image import DEFAULT_CHECKPOINT
+
+        name = str(DEFAULT_CHECKPOINT) if model is None else model
+        try:
+            facts = describe_checkpoint(name)
+        except OSError as error:
+            raise missing_model(f"MODEL {name}", name, error) from error
+        typer.echo(json.dumps(facts) if as_json else spell_checkpoint(facts))
+
+
+@app.command(epilog=TRAIN_EXAMPLES)
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="A recipe's YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- --FIELD VALUE ...]", help="Fields of the recipe to set.")
+    ] = None,
+    accelerate_config: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Hardware, as of `accelerate config`. Default: the recipe's."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and do not run it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train by a recipe: run the script that its first comment names, by accelerate's launcher."""
+    with one_line_errors():
+        from .recipe_launch import launch, launch_command
+
+        command = launch_command(recipe, overrides or [], accelerate_config)
+        typer.echo(json.dumps({"command": command}) if as_json else shlex.join(command), err=not dry_run)
+        if not dry_run:
+            raise typer.Exit(launch(command))
+
+
+@app.command(epilog=DEMO_EXAMPLES)
+def demo(
+    model: ModelOption = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Make a public address for it, through Gradio.")] = False,
+    examples: Annotated[
+        list[str] | None, typer.Option("--example", metavar="PROMPT", help="Prompt of one click; may be repeated.")
+    ] = None,
+    retrieval_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of build_retrieval_index.py to retrieve documents from, of CM3Leon. Trust it."),
+    ] = None,
+    space_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Write a Space that shows the page there, and end.")
+    ] = None,
+    as_json: JsonOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Draw, caption, edit and converse on a page in the browser."""
+    with one_line_errors():
+        check_gradio()
+        from .demo.space import write_space
+
+        if space_dir is not None:
+            if retrieval_dir is not None:
+                raise ValueError("--retrieval-dir: a Space holds no index. Leave it out with --space-dir.")
+            write_space(space_dir, model, examples or [], trust_remote_code)
+            typer.echo(json.dumps({"path": str(space_dir)}) if as_json else f"{space_dir} is a Space: upload it.")
+            return
+        page = build_demo(model, examples, retrieval_dir, trust_remote_code)
+        _, address, public = page.launch(server_port=port, share=share, prevent_thread_lock=True, quiet=True)
+        typer.echo(json.dumps({"url": address, "share_url": public}) if as_json else public or address)
+        page.block_thread()
+
+
+def build_demo(
+    model: str | None = None,
+    examples: Sequence[str] | None = None,
+    retrieval_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> "Blocks":
+    """Loads a checkpoint and builds the page of `hf-mm demo`, which a Space launches too.
 
     Args:
-        model (`str`, *optional*): As for `load_pipeline`.
-        trust_remote_code (`bool`): Likewise.
-        deed (`str`): What it is needed for.
+        model (`str`, *optional*): Hub id or folder; defaults to the checkpoint that ships with the package.
+        examples (`Sequence[str]`, *optional*): Prompts of one click; some for the checkpoint that ships.
+        retrieval_dir (`Path`, *optional*): Folder of an index.
+        trust_remote_code (`bool`, defaults to `False`): Whether code of the checkpoint may run.
+
+    Returns:
+        `gradio.Blocks`: to launch.
 
     Raises:
-        ValueError: If the checkpoint holds another kind of pipeline.
+        ValueError: If Gradio is not installed, or the checkpoint or the index are not what the page needs.
+        OSError: If there is no such checkpoint.
     """
-    from .cm3leon import CM3LeonPipeline
-    from .transfusion import TransfusionPipeline
+    check_gradio()
+    from .checkpoint_info import TASKS, read_tasks, read_text
+    from .data.formats import open_image
+    from .demo.layout import lay_out
+    from .demo.page import PROMPTS, DemoPage
+    from .loading import load_reader
+    from .text_to_image import DEFAULT_CHECKPOINT
 
-    pipeline = load_pipeline(model, trust_remote_code)
-    if not isinstance(pipeline, CM3LeonPipeline | TransfusionPipeline):
-        raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not {deed}.")
-    return pipeline
+    check_retrieval(retrieval_dir, None)
+    pipeline = load_reader(model, trust_remote_code, "caption pictures, as the demo does")
+    name = str(DEFAULT_CHECKPOINT) if model is None else model
+    page = DemoPage(
+        pipeline,
+        Path(name).name if Path(name).is_dir() else name,
+        partial(open_image, field="The upload"),
+        open_finder(pipeline, retrieval_dir),
+        tasks=[task["task"] for task in read_tasks(read_text(name, TASKS) or "")],
+        prompts=examples or PROMPTS,
+    )
+    return lay_out(page)
+
+
+def check_gradio() -> None:
+    """Says how to install what the demo needs, where it is missing."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError('The demo needs Gradio: pip install "hf_mm[demo]".')
 
 
 def check_retrieval(retrieval_dir: Path | None, num_retrieved: int | None) -> None:
@@ -316,8 +450,9 @@ def retrieve(
     """
     if retrieval_dir is None and num_retrieved is None:
         return None
-    if "retrieved" not in inspect.signature(pipeline.__call__).parameters:
-        raise ValueError(f"--retrieval-dir, --num-retrieved: a {type(pipeline).__name__} does not retrieve.")
+    from .loading import check_retrieves
+
+    check_retrieves(pipeline)
     if retrieval_dir is None or num_retrieved == 0:
         return None
     from .cm3leon.retrieval_cm3leon import DEFAULT_NUM_RETRIEVED
@@ -325,6 +460,38 @@ def retrieve(
 
     number = DEFAULT_NUM_RETRIEVED if num_retrieved is None else num_retrieved
     return open_retriever(retrieval_dir, pipeline.device).retrieve(prompts, num_retrieved=number)
+
+
+def open_finder(
+    pipeline: "DiffusionPipeline", retrieval_dir: Path | None
+) -> Callable[[str, int], list[dict[str, Any]]] | None:
+    """Opens an index for the demo.
+
+    Args:
+        pipeline (`DiffusionPipeline`): That is to draw by what is found.
+        retrieval_dir (`Path`, *optional*): Folder of the index.
+
+    Returns:
+        `Callable`: gives a prompt and a number their documents, best first: `text`, `score`, and `image` or `codes`.
+        None without a folder.
+
+    Raises:
+        ValueError: As for [`retrieve`].
+    """
+    if retrieval_dir is None:
+        return None
+    from .data.retrieval_source import open_retriever
+    from .loading import check_retrieves
+
+    check_retrieves(pipeline)
+
+    retriever = open_retriever(retrieval_dir, pipeline.device)
+
+    def find(prompt: str, number: int) -> list[dict[str, Any]]:
+        found = retriever.retrieve([prompt], num_retrieved=number)
+        return [{**item, "score": score} for item, score in zip(found.documents[0], found.scores[0], strict=True)]
+
+    return find
 
 
 def describe_retrieved(found: "Retrieved", prompt: int) -> list[dict[str, Any]]:
@@ -335,15 +502,6 @@ def describe_retrieved(found: "Retrieved", prompt: int) -> list[dict[str, Any]]:
     return [{"id": number, "score": round(score, 4), "text": find_text(row)} for number, score, row in facts]
 
 
-def asked_for(options: Mapping[str, Any], pipeline: "DiffusionPipeline") -> dict[str, Any]:
-    """Keeps the options that were given, refusing those that the pipeline of this checkpoint does not have."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - inspect.signature(pipeline.__call__).parameters.keys()):
-        flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
-        raise ValueError(f"{flags}: a {type(pipeline).__name__} has no such option. Leave it out.")
-    return given
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turns bad input, missing files and unreachable checkpoints into one line on standard error and exit code 1."""
@@ -352,63 +510,3 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from error
-
-
-def load_pipeline(model: str | None, trust_remote_code: bool) -> "DiffusionPipeline":
-    """Loads the pipeline of a checkpoint onto the accelerator, if there is one.
-
-    Args:
-        model (`str`, *optional*): Hub id or folder; defaults to the checkpoint that ships with the package.
-        trust_remote_code (`bool`): Whether code of the checkpoint may run.
-
-    Returns:
-        `DiffusionPipeline`: whose progress bar is shown on terminals only.
-    """
-    import diffusers
-    import torch
-    import transformers
-
-    from .text_to_image import DEFAULT_CHECKPOINT
-
-    for library in (transformers, diffusers):  # their bars of loading; those of downloads and of drawing stay
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    name = str(DEFAULT_CHECKPOINT) if model is None else model
-    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise ValueError(
-            f"--model {name} holds no pipeline: it has no model_index.json. recipes/pretrain.py writes one."
-        )
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        raise OSError(
-            f"--model {name} is no folder here, and the Hub has no such model or cannot be reached. Give a folder "
-            "that recipes/pretrain.py wrote, or a Hub id."
-        ) from error
-    pipeline.set_progress_bar_config(disable=None, desc="Drawing")
-    return pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-
-
-def save_pictures(pictures: Sequence["Image.Image"], output: Path) -> list[Path]:
-    """Saves pictures, each whole or not at all: the first as `output`, the next with `-1`, `-2` in their names.
-
-    Args:
-        pictures (`Sequence[PIL.Image.Image]`): The pictures.
-        output (`Path`): Name of the first; its folder is made if missing.
-
-    Returns:
-        `list[Path]`: where they are.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    names = [output.name, *(f"{output.stem}-{number}{output.suffix}" for number in range(1, len(pictures)))]
-    paths = [output.with_name(name) for name in names]
-    for picture, path in zip(pictures, paths, strict=True):
-        partial = path.with_name(f".{path.name}.partial{path.suffix}")  # Pillow goes by the ending
-        try:
-            picture.save(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    return paths

@@ -1,0 +1,1 @@
+"""The demo: a Gradio page over a pipeline of either family, and a Space folder that shows it."""

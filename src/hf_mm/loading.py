@@ -1,0 +1,110 @@
+"""Pipelines and pictures of the commands: loaded, asked for options they have, saved.
+
+Knows names, folders and files; what is drawn with them, the commands know.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from .cm3leon import CM3LeonPipeline
+from .text_to_image import DEFAULT_CHECKPOINT
+from .transfusion import TransfusionPipeline
+
+
+def load_pipeline(model: str | None, trust_remote_code: bool) -> DiffusionPipeline:
+    """Loads the pipeline of a checkpoint onto the accelerator, if there is one.
+
+    Args:
+        model (`str`, *optional*): Hub id or folder; defaults to the checkpoint that ships with the package.
+        trust_remote_code (`bool`): Whether code of the checkpoint may run.
+
+    Returns:
+        `DiffusionPipeline`: whose progress bar is shown on terminals only.
+    """
+    for library in (transformers, diffusers):  # their bars of loading; those of downloads and of drawing stay
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    name = str(DEFAULT_CHECKPOINT) if model is None else model
+    if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise ValueError(
+            f"--model {name} holds no pipeline: it has no model_index.json. recipes/pretrain.py writes one."
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise missing_model(f"--model {name}", name, error) from error
+    pipeline.set_progress_bar_config(disable=None, desc="Drawing")
+    return pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+
+
+def load_reader(model: str | None, trust_remote_code: bool, deed: str) -> CM3LeonPipeline | TransfusionPipeline:
+    """Loads a pipeline that reads pictures, refusing others.
+
+    Args:
+        model (`str`, *optional*): As for `load_pipeline`.
+        trust_remote_code (`bool`): Likewise.
+        deed (`str`): What it is needed for.
+
+    Raises:
+        ValueError: If the checkpoint holds another kind of pipeline.
+    """
+    pipeline = load_pipeline(model, trust_remote_code)
+    if not isinstance(pipeline, CM3LeonPipeline | TransfusionPipeline):
+        raise ValueError(f"--model {model} is a {type(pipeline).__name__}, which does not {deed}.")
+    return pipeline
+
+
+def missing_model(argument: str, name: str, error: OSError) -> OSError:
+    """Says that there is no such model, here or on the Hub; what is wrong with a folder, its error says."""
+    if Path(name).is_dir():
+        return error
+    return OSError(
+        f"{argument} is no folder here, and the Hub has no such model or cannot be reached. Give a folder that "
+        "recipes/pretrain.py wrote, or a Hub id."
+    )
+
+
+def check_retrieves(pipeline: DiffusionPipeline) -> None:
+    """Refuses a pipeline that draws without documents only."""
+    if "retrieved" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"--retrieval-dir, --num-retrieved: a {type(pipeline).__name__} does not retrieve.")
+
+
+def asked_for(options: Mapping[str, Any], pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Keeps the options that were given, refusing those that the pipeline of this checkpoint does not have."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := sorted(given.keys() - inspect.signature(pipeline.__call__).parameters.keys()):
+        flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
+        raise ValueError(f"{flags}: a {type(pipeline).__name__} has no such option. Leave it out.")
+    return given
+
+
+def save_pictures(pictures: Sequence[Image.Image], output: Path) -> list[Path]:
+    """Saves pictures, each whole or not at all: the first as `output`, the next with `-1`, `-2` in their names.
+
+    Args:
+        pictures (`Sequence[PIL.Image.Image]`): The pictures.
+        output (`Path`): Name of the first; its folder is made if missing.
+
+    Returns:
+        `list[Path]`: where they are.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    names = [output.name, *(f"{output.stem}-{number}{output.suffix}" for number in range(1, len(pictures)))]
+    paths = [output.with_name(name) for name in names]
+    for picture, path in zip(pictures, paths, strict=True):
+        partial = path.with_name(f".{path.name}.partial{path.suffix}")  # Pillow goes by the ending
+        try:
+            picture.save(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return paths
