@@ -204,8 +204,8 @@ def edit(
         float | None, typer.Option(min=1, help="How closely to follow the prompt; 1 is off. Default: the model's.")
     ] = None,
     image_guidance_scale: Annotated[
-        float, typer.Option(min=1, help="How closely to follow the picture; 1 is off.")
-    ] = 1.0,
+        float | None, typer.Option(min=1, help="How closely to follow the picture; 1 is off. Default: 1.5.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="Divides the scores of codes, of CM3Leon. Default: the model's.")
     ] = None,
@@ -229,6 +229,7 @@ def edit(
         options = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
+            "image_guidance_scale": image_guidance_scale,
             "temperature": temperature,
             "top_p": top_p,
         }
@@ -236,7 +237,6 @@ def edit(
             prompt,
             picture,
             **asked_for(options, pipeline),
-            image_guidance_scale=image_guidance_scale,
             generator=torch.Generator().manual_seed(chosen_seed),
         ).images
         (path,) = save_pictures(pictures, output)
