@@ -156,12 +156,14 @@ def drawing_bytes(config: PreTrainedConfig, width: int) -> int:
     With S streams (2 where the model's guidance is above 1), L layers, H key-value width and T positions:
 
     - key-value cache: 2 L H T S entries; T is the prompt, the picture and what stands around it;
-    - activations, the most of three moments that do not come together: reading the prompt, S x 64 positions of 8
-      hidden states and 2 feed-forward states each, and S scores of the vocabulary in 32 bits; drawing, the same for a
-      code, or for a picture's patches, whose U-Net keeps each level's maps; and decoding, 4 maps of the image
-      tokenizer's second level of channels at full size.
+    - beside it, the more of two moments: reading the prompt, S x 64 positions of 8 hidden states and 2 feed-forward
+      states each, and S scores of the vocabulary in 32 bits; or drawing, the same for a code, or for a picture's
+      patches, whose U-Net keeps each level's maps;
+    - or, when the cache is gone and if it is more, decoding: 3 maps of the image tokenizer's second level of channels
+      at full size.
 
-    Attention is taken to be computed in blocks, without a matrix of T x T.
+    Attention is taken to be computed in blocks, without a matrix of T x T. Counted tensor by tensor, drawings of three
+    small models took 0.99 to 1.14 times as much.
 
     Args:
         config (`PreTrainedConfig`): Of the model.
@@ -181,7 +183,7 @@ def drawing_bytes(config: PreTrainedConfig, width: int) -> int:
     per_position = (8 * text.hidden_size + 2 * text.intermediate_size) * width
     reading = streams * (PROMPT_TOKENS * per_position + 4 * text.vocab_size)
     drawing = streams * (1 if is_codes else picture) * per_position + _unet_bytes(config, streams, width)
-    return cache + max(reading, drawing, _decoding_bytes(config, width))
+    return max(cache + max(reading, drawing), _decoding_bytes(config, width))
 
 
 def _unet_bytes(config: PreTrainedConfig, streams: int, width: int) -> int:
@@ -198,7 +200,7 @@ def _decoding_bytes(config: PreTrainedConfig, width: int) -> int:
     """Maps of the image tokenizer's decoder at full size; a picture of raw pixels needs itself only."""
     tokenizer = config.vq_config if config.model_type == "cm3leon" else config.vae_config
     channels = 3 if tokenizer is None else max(tokenizer["block_out_channels"][:2])
-    return 4 * config.image_size**2 * channels * width
+    return 3 * config.image_size**2 * channels * width
 
 
 def spell_checkpoint(facts: Mapping[str, Any]) -> str:

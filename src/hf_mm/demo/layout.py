@@ -21,7 +21,7 @@ MESSAGES = ((STAR, "describe the picture"), (HEART, "make it green"))
 # Drawings of a few pixels are shown by their pixels, not smeared, and as large as there is room.
 STYLE = """<style>
 .drawn img, .picture img { image-rendering: pixelated; object-fit: contain !important; }
-.picture img { width: 100% !important; height: 100% !important; }
+.picture img { width: 100% !important; height: 100% !important; min-width: 128px; min-height: 128px; }
 </style>"""
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 
