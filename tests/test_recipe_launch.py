@@ -32,13 +32,13 @@ def test_the_last_command_of_the_head_is_run_with_this_file_and_the_overrides(tm
     mine.write_text(HEAD + last + "steps: 3\n# accelerate launch recipes/encode.py --config x\n")
     monkeypatch.chdir(tmp_path.parent)
     command = launch_command(mine, ["--steps", "5"])
-    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert command[3:] == [
+    assert command[:4] == [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    assert command[4:] == [
         "--config_file", str(recipes / "accelerate/big.yaml"), str(recipes / "train.py"), "--config", str(mine),
         "--steps", "5",
     ]  # fmt: skip
     hardware = tmp_path / "one_gpu.yaml"
-    assert launch_command(mine, accelerate_config=hardware)[3:6] == [
+    assert launch_command(mine, accelerate_config=hardware)[4:7] == [
         "--config_file", str(hardware), str(recipes / "train.py")
     ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_a_recipe_elsewhere_is_run_by_the_scripts_of_the_working_directory(tmp_p
         launch_command(tmp_path / "mine.yaml")
     (tmp_path / "work" / "recipes" / "encode.py").touch()
     command = launch_command(tmp_path / "mine.yaml")
-    assert command[3:6] == ["--num_processes", "3", str(tmp_path / "work" / "recipes" / "encode.py")]
+    assert command[4:7] == ["--num_processes", "3", str(tmp_path / "work" / "recipes" / "encode.py")]
 
 
 def test_a_recipe_that_names_no_script_is_refused(tmp_path):

@@ -72,7 +72,8 @@ def launch_command(recipe: Path, overrides: Sequence[str] = (), accelerate_confi
             "distribution, not in the installed package: run this in a folder that has recipes/."
         )
     flags = [str(find_beside(recipe, flag) or flag) if flag.startswith("recipes/") else flag for flag in flags]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    # quiet: a training that fails says why itself, and the launcher adds no traceback of its own
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     return [*launcher, *flags, str(path), "--config", str(recipe), *overrides]
 
 
