@@ -180,7 +180,7 @@ def upload(tab: str) -> gr.Image:
     picture = gr.Image(
         type="filepath", image_mode=None, label="Picture", height=280, elem_id=f"{tab}-picture", elem_classes="picture"
     )
-    picture.preprocess = lambda payload: None if payload is None else payload.path
+    picture.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
     return picture
 
 
