@@ -25,6 +25,7 @@ from .logits_cm3leon import (
     CodeSampling,
     CodesLogitsProcessor,
     DrawTokenLogitsProcessor,
+    EndTurnLogitsProcessor,
     ForbidTokensLogitsProcessor,
     GivenTokensLogitsProcessor,
     ImageSpan,
@@ -424,6 +425,17 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         singles = config.image_token_id, config.pad_token_id, config.eoss_token_id
         sentinels = range(config.first_sentinel_token_id, config.first_sentinel_token_id + config.num_sentinel_tokens)
         return [sentinels, *(range(token, token + 1) for token in singles)]
+
+    def end_of_turn(self, input_ids: torch.LongTensor) -> EndTurnLogitsProcessor:
+        """Ends an answer where the next message of a conversation would begin.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, prompt_length)`): The conversation; a text may follow its last
+                picture.
+        """
+        ends_in_picture = int(input_ids[0, -1]) == self.config.image_token_id
+        longest = input_ids.shape[1] + int(ends_in_picture)
+        return EndTurnLogitsProcessor(self.image_span, self.config.eos_token_id, longest)
 
     def unconditional_prompt(self) -> list[int]:
         """Ids of a document whose text is masked. Source: CM3Leon, section 3.2; spelled as its training code does."""

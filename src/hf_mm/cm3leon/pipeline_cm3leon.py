@@ -1,8 +1,8 @@
 """CM3Leon as a diffusers pipeline: prompts to pictures, pictures to captions, gaps of either filled, both in turn.
 
-Stages only: the model draws and writes, the processor lays documents out. Filling in is in
-`infilling_cm3leon.py`, retrieved documents are in `retrieval_cm3leon.py`. Imports leaf files only, so that it can
-travel to a Hub repo.
+Stages only: the model draws and writes, the processor lays documents out. Here is drawing; text is in
+`writing_cm3leon.py`, filling in in `infilling_cm3leon.py`, retrieved documents are in `retrieval_cm3leon.py`. Imports
+leaf files only, so that it can travel to a Hub repo.
 """
 
 # Axes: B prompts, R pictures drawn (B times candidates), S streams, N codes of a picture.
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
-from transformers import LogitsProcessorList, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
 from .infilling_cm3leon import InfillingMixin
-from .logits_cm3leon import CodeSampling, EndTurnLogitsProcessor
+from .logits_cm3leon import CodeSampling
 from .retrieval_cm3leon import DocumentRetriever, RetrievalMixin
+from .writing_cm3leon import WritingMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5  # with a picture
 
 
-class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
+class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPipeline):
     """Draws, captions, fills in and interleaves with a CM3Leon model.
 
     Args:
@@ -425,166 +426,6 @@ class CM3LeonPipeline(InfillingMixin, RetrievalMixin, DiffusionPipeline):
             stride = pixels.shape[-1] // columns
             pixels = pixels * drawn.repeat_interleave(stride, 2).repeat_interleave(stride, 3)
         return self.processor.post_process_images(pixels, output_type)
-
-    @torch.no_grad()
-    def caption(
-        self,
-        image: Image.Image | list[Image.Image],
-        prompt: str | list[str] = "",
-        max_new_tokens: int = 64,
-        **generate_kwargs: Any,
-    ) -> list[str]:
-        """Describes pictures, or continues `prompt` about them: fills in the text in front of the picture.
-
-        Args:
-            image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
-            prompt (`str` or a list of one per picture, defaults to `""`):
-                How the text begins, or a question: `"Question: what is it? Answer:"`. What a template has behind the
-                answer is left out; `infill_caption` takes it.
-            max_new_tokens (`int`, defaults to 64): Tokens to write at most, and never more than the context has room.
-            generate_kwargs: Any of the library's `generate`, such as `do_sample`, `num_beams`.
-
-        Returns:
-            `list[str]`: one text per picture.
-
-        Raises:
-            ValueError: If the prompts are a list, and not as many as the pictures.
-
-        Source: CM3Leon (arXiv 2309.02591), section 3.3 and figure 9.
-        """
-        images = image if isinstance(image, list) else [image]
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        if len(prompts) != len(images):
-            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per picture.")
-        rows = []
-        for text, codes in zip(prompts, self._read_codes(images), strict=True):
-            text = text.rstrip(" ")  # the space in front of an answer belongs to its first word, as in training
-            beginning = [{"type": "text", "text": text}] if text else []
-            content = [*beginning, {"type": "mask"}, {"type": "image", "codes": codes}]
-            rows.append(self.processor.infill_prompt(content)["input_ids"])
-        return [text.strip() for text in self._decode_text(self._write(rows, max_new_tokens, **generate_kwargs))]
-
-    def _write(self, rows: list[list[int]], max_new_tokens: int, **generate_kwargs: Any) -> list[list[int]]:
-        """Ids of text that the model writes behind rows of ids, up to the end of the span."""
-        ids, mask = self._pad(rows)
-        max_new_tokens = min(max_new_tokens, self.model.num_free_positions(mask))
-        sequences = self.model.generate(
-            ids, attention_mask=mask, generation_mode="text", max_new_tokens=max_new_tokens, **generate_kwargs
-        )
-        return sequences[:, ids.shape[1] :].tolist()
-
-    def _decode_text(self, rows: list[list[int]]) -> list[str]:
-        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def interleave(
-        self,
-        prompt: str | list[str],
-        image: list[Image.Image] | None = None,
-        max_images: int = 4,
-        max_new_tokens: int = 256,
-        guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
-        sampling: dict[str, Any] | None = None,
-        **generate_kwargs: Any,
-    ) -> list[list[str | Image.Image]]:
-        """Continues prompts with text and pictures, as the model decides, until it ends.
-
-        Args:
-            prompt (`str` or `list[str]`): How the documents begin; `<image>` stands for an entry of `image`.
-            image (`list[PIL.Image.Image]`, *optional*): Pictures of the prompts, in order.
-            max_images (`int`, defaults to 4): Pictures per document at most.
-            max_new_tokens (`int`, defaults to 256): Text tokens between two pictures at most, as far as the context
-                has room; no picture begins that would not fit.
-            guidance_scale (`float`, *optional*): As in drawing.
-            generator (`torch.Generator`, *optional*): As in drawing.
-            sampling (`dict`, *optional*): Further fields of `CodeSampling`, for the pictures.
-            generate_kwargs: Any of the library's `generate`, for the text.
-
-        Returns:
-            `list[list[str | PIL.Image.Image]]`: for each prompt what was added, in order.
-        """
-        inputs = self.processor(
-            text=[prompt] if isinstance(prompt, str) else prompt, images=image, padding=True, return_tensors="pt"
-        )
-        documents = self.model.generate_interleaved(
-            **inputs.to(self._execution_device),
-            max_images=max_images,
-            max_new_tokens=max_new_tokens,
-            draw_kwargs={"sampling": self._sampling(guidance_scale, **(sampling or {})), "generator": generator},
-            **generate_kwargs,
-        )
-        return [[part for part in map(self._show_part, parts) if part != ""] for parts in documents]
-
-    @torch.no_grad()
-    def chat(
-        self,
-        messages: list[dict[str, Any]],
-        max_images: int = 1,
-        max_new_tokens: int = 256,
-        guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
-        sampling: dict[str, Any] | None = None,
-        **generate_kwargs: Any,
-    ) -> dict[str, Any]:
-        """Answers a conversation with text, a picture or both, as the model decides, to the end of its turn.
-
-        A turn ends with the document, or where a text would follow another part, which is the user's next message.
-
-        Args:
-            messages (`list[dict]`):
-                The turns so far, each with `role` (`"user"`, `"assistant"` or `"system"`) and `content`: a text, or
-                parts `{"type": "text", "text": str}` and `{"type": "image", "image": PIL.Image.Image}`.
-            max_images (`int`, defaults to 1): Pictures in the answer at most.
-            max_new_tokens (`int`, defaults to 256): Text tokens at most, as far as the context has room.
-            guidance_scale (`float`, *optional*): As in drawing; leads away from the unconditional prompt.
-            generator (`torch.Generator`, *optional*): As in drawing.
-            sampling (`dict`, *optional*): Further fields of `CodeSampling`, for pictures.
-            generate_kwargs: Any of the library's `generate`, for the text.
-
-        Returns:
-            `dict`: the assistant's message, to append to `messages`.
-
-        Raises:
-            ValueError: If a message does not fit, the last one is the assistant's, or there is no room for an answer.
-
-        Example:
-            >>> messages = [{"role": "user", "content": [{"type": "image", "image": star}]}]  # doctest: +SKIP
-            >>> messages += [{"role": "user", "content": "make the star blue"}]  # doctest: +SKIP
-            >>> messages += [pipe.chat(messages)]  # doctest: +SKIP
-
-        """
-        if messages and messages[-1].get("role") == "assistant":
-            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
-        inputs = self.processor.encode_conversations([messages], return_tensors="pt")
-        inputs.pop("assistant_masks")
-        ids = inputs["input_ids"]
-        config, given = self.model.config, generate_kwargs.pop("logits_processor", [])
-        ends_in_picture = int(ids[0, -1]) == config.image_token_id
-        end_of_turn = EndTurnLogitsProcessor(
-            self.model.image_span, config.eos_token_id, ids.shape[1] + int(ends_in_picture)
-        )
-        (parts,) = self.model.generate_interleaved(
-            **inputs.to(self._execution_device),
-            logits_processor=LogitsProcessorList([*given, end_of_turn]),
-            max_images=max_images,
-            max_new_tokens=max_new_tokens,
-            draw_kwargs={"sampling": self._sampling(guidance_scale, **(sampling or {})), "generator": generator},
-            **generate_kwargs,
-        )
-        shown = [part.strip() if isinstance(part, str) else part for part in map(self._show_part, parts)]
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
-            for part in shown
-            if part != ""
-        ]
-        return {"role": "assistant", "content": content}
-
-    def _show_part(self, part: torch.Tensor) -> str | Image.Image:
-        """Turns one part of an interleaved document into a string or a picture."""
-        if part.ndim == 1:
-            return self.processor.tokenizer.decode(part, skip_special_tokens=True)
-        return self._decode(part - self.model.config.first_image_token_id, "pil")[0]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Saves one folder for every door: transformers' files at the root, the index and the reranker beside them.
