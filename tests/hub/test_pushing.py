@@ -7,6 +7,7 @@ import pytest
 from accelerate import Accelerator
 from hub_server import File, Repo
 from huggingface_hub import ModelCard
+from micro_run import MICRO_MODEL, MICRO_RUN
 
 import pretrain
 from hf_mm.training.recipe import TrainingRecipe
@@ -14,24 +15,6 @@ from pushing import PUSHED, HubPush
 
 
 NAME = "me/run"
-MICRO_MODEL = {
-    "model_type": "transfusion",
-    "text_config": {
-        "model_type": "llama",
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 160,
-    },
-    "image_size": 16,
-    "patch_size": 4,
-    "num_inference_steps": 2,
-    "boi_token_id": 3,
-    "eoi_token_id": 4,
-    "image_token_id": 5,
-}
 
 
 @pytest.fixture
@@ -131,9 +114,8 @@ def test_without_a_repo_nothing_is_asked(hub, make_push):
 def test_training_pushes_on_its_way_and_at_its_end(hub, tmp_path, not_checked, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     (tmp_path / "model.json").write_text(json.dumps(MICRO_MODEL))
-    fields = {"config_name": tmp_path / "model.json", "output_dir": tmp_path / "run", "num_scenes": 23, "max_steps": 3}
-    fields |= {"vocab_size": 300, "per_device_train_batch_size": 4, "logging_steps": 1, "mixed_precision": "no"}
-    fields |= {"report_to": "none", "num_samples": 2, "save_steps": 2, "push_to_hub": NAME}
+    fields = {**MICRO_RUN, "config_name": tmp_path / "model.json", "output_dir": tmp_path / "run"}
+    fields |= {"max_steps": 3, "save_steps": 2, "push_to_hub": NAME}
     folder = pretrain.main([word for name, value in fields.items() for word in (f"--{name}", str(value))])
     messages = [commit.message for commit in hub.repos[NAME].commits.values()]
     assert messages == ["initial commit", "Step 2 of 3", "Upload model"]
