@@ -359,11 +359,12 @@ def demo(
     with one_line_errors():
         check_gradio()
         from .demo.space import write_space
+        from .hub_upload import list_files
 
         if space_dir is not None:
             if retrieval_dir is not None:
                 raise ValueError("--retrieval-dir: a Space holds no index. Leave it out with --space-dir.")
-            write_space(space_dir, model, examples or [], trust_remote_code)
+            write_space(space_dir, model, examples or [], trust_remote_code, list_files)
             typer.echo(json.dumps({"path": str(space_dir)}) if as_json else f"{space_dir} is a Space: upload it.")
             return
         page = build_demo(model, examples, retrieval_dir, trust_remote_code)

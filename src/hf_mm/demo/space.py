@@ -1,22 +1,19 @@
 """The demo as a Space of the Hub: a folder with the page's script, what it needs, and its front matter.
 
-Knows files; what a checkpoint's folder holds that need not be shared comes as an argument's default.
+Knows files; which of a checkpoint's folder are shared, the caller says.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import RepoCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import SpaceCard, SpaceCardData
 
 
 MODEL_DIR = "model"
-# What a training leaves in the folder of its model, and drawing does not need.
-NOT_NEEDED = ["checkpoint-*", "logs/*", "*.tmp", "non_finite_*", "encoded/*", "samples/*", "tasks/*", "evaluation/*"]
 APP = '''"""The page of this Space: `hf-mm demo`."""
 
 from hf_mm.cli import build_demo
@@ -29,7 +26,13 @@ if __name__ == "__main__":
 '''
 
 
-def write_space(folder: Path, model: str | None, examples: Sequence[str], trust_remote_code: bool) -> None:
+def write_space(
+    folder: Path,
+    model: str | None,
+    examples: Sequence[str],
+    trust_remote_code: bool,
+    list_files: Callable[[str], list[str]],
+) -> None:
     """Writes a folder that is a Space; a checkpoint's folder is copied into it, a Hub id is named.
 
     Args:
@@ -37,9 +40,10 @@ def write_space(folder: Path, model: str | None, examples: Sequence[str], trust_
         model (`str`, *optional*): Folder or Hub id; none: the checkpoint that ships with the package.
         examples (`Sequence[str]`): Prompts of one click; empty: those of the page.
         trust_remote_code (`bool`): Whether the Space runs code of the checkpoint.
+        list_files (`Callable`): Lists what is shared of a checkpoint's folder.
 
     Raises:
-        ValueError: If the folder holds something, or the checkpoint's holds no pipeline.
+        ValueError: If the folder holds something, the checkpoint's holds no pipeline, or `list_files` refuses it.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--space-dir {folder} is not empty. Name a new folder.")
@@ -47,7 +51,7 @@ def write_space(folder: Path, model: str | None, examples: Sequence[str], trust_
     if model is not None and Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
             raise ValueError(f"--model {model} holds no pipeline: it has no model_index.json.")
-        copy_model(Path(model), folder / MODEL_DIR)
+        copy_files(Path(model), list_files(model), folder / MODEL_DIR)
         arguments["model"] = MODEL_DIR
     elif model is not None:
         arguments["model"] = model
@@ -62,10 +66,9 @@ def write_space(folder: Path, model: str | None, examples: Sequence[str], trust_
     write_card(folder / "README.md", model)
 
 
-def copy_model(source: Path, target: Path) -> None:
-    """Copies what drawing needs of a model's folder."""
-    names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-    for name in filter_repo_objects(names, ignore_patterns=NOT_NEEDED):
+def copy_files(source: Path, names: Sequence[str], target: Path) -> None:
+    """Copies some files of a folder into another."""
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
@@ -73,21 +76,20 @@ def copy_model(source: Path, target: Path) -> None:
 def write_card(path: Path, model: str | None) -> None:
     """Writes the Space's card, whose front matter tells the Hub how to run it."""
     title = "hf_mm" if model is None else Path(model).name
-    facts: dict[str, Any] = {
-        "title": title,
-        "emoji": "🎨",
-        "colorFrom": "blue",
-        "colorTo": "red",
-        "sdk": "gradio",
-        "sdk_version": version("gradio"),
-        "app_file": "app.py",
-        "license": "apache-2.0",
-    }
-    if model is not None and not Path(model).is_dir():
-        facts["models"] = [model]
+    hub_id = None if model is None or Path(model).is_dir() else model
+    data = SpaceCardData(
+        title=title,
+        sdk="gradio",
+        sdk_version=version("gradio"),
+        app_file="app.py",
+        license="apache-2.0",
+        models=[hub_id] if hub_id else None,
+        emoji="🎨",
+        colorFrom="blue",
+        colorTo="red",
+    )
     text = f"# {title}\n\nDraws pictures from text, captions and edits them, and talks about them.\n"
-    front_matter = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in facts.items())
-    RepoCard(f"---\n{front_matter}\n---\n\n{text}").save(path)
+    SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
 
 
 def _spell(value: Any) -> str:
