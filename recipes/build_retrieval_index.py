@@ -24,7 +24,8 @@ from accelerate.utils import parse_flag_from_env
 
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.clip_encoder import ClipEncoder
-from hf_mm.data.retrieval import IDS, INDEX, MEMORY, NEIGHBORS, QUERIES, SCORES, find_neighbors, open_neighbors
+from hf_mm.data.neighbors import IDS, SCORES, open_neighbors
+from hf_mm.data.retrieval import INDEX, MEMORY, NEIGHBORS, QUERIES, find_neighbors
 from hf_mm.data.retrieval_index import build_index
 from hf_mm.data.retrieval_source import RowSource, note_source
 from hf_mm.data.retrieval_strategy import RetrievalStrategy

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from building import reads_codes, refuse_unfit_rows
 from hf_mm.data.image_encoding import read_manifest
-from hf_mm.data.retrieval import with_neighbors
+from hf_mm.data.neighbors import with_neighbors
 from hf_mm.data.retrieved_documents import ROW_NUMBER, MemoryBank, RetrievalArguments
 from hf_mm.data.sources import DatasetArguments, open_rows
 

@@ -11,13 +11,12 @@ from PIL import Image as PILImage
 
 from hf_mm.data.clip_encoder import ClipEncoder, VectorError
 from hf_mm.data.image_encoding import encode_rows, load_encoded, raw_pixels
+from hf_mm.data.neighbors import open_neighbors, with_neighbors
 from hf_mm.data.retrieval import (
     NeighborFinder,
     RetrievalStrategy,
     Retriever,
     find_neighbors,
-    open_neighbors,
-    with_neighbors,
 )
 from hf_mm.data.retrieval_index import build_index
 from hf_mm.data.retrieval_strategy import Queries

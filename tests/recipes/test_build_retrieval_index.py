@@ -12,7 +12,8 @@ import build_retrieval_index
 import encode_images
 from hf_mm.data.clip_encoder import ClipEncoder
 from hf_mm.data.image_encoding import load_encoded, read_manifest
-from hf_mm.data.retrieval import Retriever, open_neighbors, with_neighbors
+from hf_mm.data.neighbors import open_neighbors, with_neighbors
+from hf_mm.data.retrieval import Retriever
 from hf_mm.data.retrieval_vectors import VectorFolder
 
 

@@ -1,7 +1,7 @@
 """Neighbours of rows in a memory bank: found once for a training set, or for prompts while sampling.
 
 Joins vectors, index and rules. The result for training is a column of row numbers, read without a search; what
-documents are made of the rows is not known here.
+documents are made of the rows is not known here. neighbors.py reads it, which needs no index.
 """
 
 import os
@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, List, Value
 from PIL import Image as PILImage
 
 from .clip_encoder import ClipEncoder, document_vectors
 from .formats import open_image
+from .neighbors import IDS, SCORES
 from .retrieval_index import COLUMN, open_index
 from .retrieval_strategy import Candidates, Neighbors, Queries, RetrievalStrategy, choose_neighbors, sample_neighbors
 from .retrieval_vectors import ASKING_COLUMNS, DocumentVectors, VectorFolder, find_image, find_text
 from .shards import (
     claim_folder,
     map_shards,
-    read_checksum,
-    read_manifest,
-    shard_paths,
 )
 
 
@@ -36,12 +34,9 @@ __all__ = [
     "RetrievalStrategy",
     "as_document",
     "find_neighbors",
-    "open_neighbors",
     "sample_neighbors",
-    "with_neighbors",
 ]
 
-IDS, SCORES = "neighbor_ids", "neighbor_scores"
 # Folders that the recipe makes in its output folder.
 MEMORY, QUERIES, INDEX, NEIGHBORS = "memory", "queries", "index", "neighbors"
 MAX_GATHERED_NUMBERS = 2**25  # of candidate vectors held at once, 128 MiB
@@ -193,64 +188,6 @@ def find_neighbors(
         verb="Finding neighbours of",
     )
     return folder
-
-
-def open_neighbors(folder: str | os.PathLike) -> Dataset:
-    """Opens what [`find_neighbors`] wrote: columns `neighbor_ids` and `neighbor_scores`, best first.
-
-    Args:
-        folder (`str` or `os.PathLike`): Of the neighbours.
-
-    Returns:
-        `Dataset`: one row for each of the training set.
-
-    Raises:
-        ValueError: If the folder is no such folder or not finished.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None or "memory_rows_digest" not in manifest:
-        raise ValueError(f"{str(folder)!r} holds no neighbours. Find them with recipes/build_retrieval_index.py.")
-    paths = shard_paths(Path(folder), manifest["num_shards"])
-    for path in paths:
-        read_checksum(path)
-    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
-
-
-def with_neighbors(
-    rows: Dataset, folder: str | os.PathLike, *, rows_digest: str, memory: Dataset, memory_digest: str
-) -> Dataset:
-    """Adds the columns `neighbor_ids` and `neighbor_scores` to the rows of a training set.
-
-    Args:
-        rows (`Dataset`): As they were encoded, none dropped since.
-        folder (`str` or `os.PathLike`): That [`find_neighbors`] wrote.
-        rows_digest (`str`): Digest of the rows with pictures: the `rows_digest` in the manifest of encoded ones.
-        memory (`Dataset`): The memory bank, into which the numbers point.
-        memory_digest (`str`): Likewise of the memory bank.
-
-    Returns:
-        `Dataset`: in the format of `rows`.
-
-    Raises:
-        ValueError: If the neighbours are of other rows, or in another memory bank.
-    """
-    neighbors, manifest = open_neighbors(folder), read_manifest(folder)
-    assert manifest is not None
-    given = {
-        "num_rows": len(rows),
-        "rows_digest": rows_digest,
-        "num_memory_rows": len(memory),
-        "memory_rows_digest": memory_digest,
-    }
-    if different := {key: (manifest[key], value) for key, value in given.items() if manifest[key] != value}:
-        raise ValueError(
-            f"The neighbours in {str(folder)!r} are of other rows or another memory bank: {different} (there, here)."
-            " Find them again for these with recipes/build_retrieval_index.py, with the same preparation of rows."
-        )
-    joined = concatenate_datasets([rows.with_format(None), neighbors], axis=1)
-    form = rows.format
-    joined.set_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])
-    return joined
 
 
 class Retrieved(NamedTuple):

@@ -13,11 +13,12 @@ import torch
 
 from .caption_text import FORM_WEIGHTS, sample_caption
 from .formats import RowError
+from .neighbors import IDS
 from .retrieval_strategy import sample_neighbors
 
 
 Part = dict[str, Any]
-NEIGHBOR_IDS, ROW_NUMBER = "neighbor_ids", "row_number"
+ROW_NUMBER = "row_number"
 
 
 @dataclass
@@ -102,7 +103,7 @@ class MemoryBank:
         Raises:
             RowError: If a neighbour has a number that the bank has not.
         """
-        ids, num_numbers = list(row[NEIGHBOR_IDS]), len(self.rows if self.places is None else self.places)
+        ids, num_numbers = list(row[IDS]), len(self.rows if self.places is None else self.places)
         if outside := [number for number in ids if not 0 <= number < num_numbers]:
             raise RowError(
                 f"{name}: its neighbour {outside[0]} is not in the memory bank, which has {num_numbers} rows. Find "
@@ -182,7 +183,7 @@ class RetrievedPairs:
         Returns:
             [`Retrieved`]: pairs in random order, each caption before its image.
         """
-        if NEIGHBOR_IDS not in row:
+        if IDS not in row:
             return Retrieved()
         count = self.counts[int(torch.randint(len(self.counts), (1,), generator=generator))]
         drops_caption = float(torch.rand(1, generator=generator)) < self.query_caption_dropout
