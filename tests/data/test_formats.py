@@ -245,7 +245,7 @@ def test_orientation_is_applied() -> None:
         (None, "missing"),
         ({"bytes": None, "path": None}, "missing"),
         (b"", "empty"),
-        (b"no image at all", "unreadable or truncated"),
+        (b"no image at all", "no picture in a format that Pillow reads"),
         ("nowhere.png", "unreadable or truncated: FileNotFoundError"),
         (encoded(noise(37, 31))[:900], "unreadable or truncated"),
         (encoded(noise(37, 31), "JPEG")[:-200], "unreadable or truncated"),

@@ -77,7 +77,7 @@ def test_an_upload_that_is_no_picture_is_answered_with_a_line(tab, tmp_path):
         tab.locator("#caption-picture input[type=file]").set_input_files(tmp_path / "a.png")
     tab.locator("#caption-picture img").wait_for(state="attached")
     tab.locator("#caption-button").click()
-    tab.get_by_text("is unreadable or truncated").wait_for()
+    tab.get_by_text("is no picture in a format").wait_for()
     assert "Traceback" not in tab.locator("body").inner_text()
     show(tab, "error")
 

@@ -1,25 +1,7 @@
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
-import hf_mm
-from hf_mm import CM3LeonPipeline
 from hf_mm.demo.drawing import MAX_PREVIEWS, choose_seeds, draw
-
-
-@pytest.fixture(scope="module")
-def transfusion():
-    pipe = DiffusionPipeline.from_pretrained(hf_mm.DEFAULT_CHECKPOINT)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="module")
-def cm3leon(make_cm3leon, make_cm3leon_processor):
-    model = make_cm3leon()
-    pipe = CM3LeonPipeline(model, make_cm3leon_processor(model.config))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize(("family", "options"), [("transfusion", {"num_inference_steps": 11}), ("cm3leon", {})])

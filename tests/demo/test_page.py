@@ -6,11 +6,8 @@ import sys
 from functools import partial
 
 import pytest
-from diffusers import DiffusionPipeline
 from PIL import Image
 
-import hf_mm
-from hf_mm import CM3LeonPipeline
 from hf_mm.data.formats import open_image
 
 
@@ -23,28 +20,18 @@ open_upload = partial(open_image, field="The upload")
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = DiffusionPipeline.from_pretrained(hf_mm.DEFAULT_CHECKPOINT)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def page(transfusion):
+    return DemoPage(transfusion, "tiny", open_upload, tasks=["edit"])
 
 
 @pytest.fixture(scope="module")
-def page(pipe):
-    return DemoPage(pipe, "tiny", open_upload, tasks=["edit"])
-
-
-@pytest.fixture(scope="module")
-def code_page(make_cm3leon, make_cm3leon_processor):
+def code_page(cm3leon):
     """Of a CM3Leon that retrieves."""
-    model = make_cm3leon()
-    pipe = CM3LeonPipeline(model, make_cm3leon_processor(model.config))
-    pipe.set_progress_bar_config(disable=True)
     memory = [
         {"text": "a star", "image": open_upload(STAR), "score": 0.75},
-        {"text": "a heart", "codes": [1] * pipe.model.config.tokens_per_image, "score": 0.5},
+        {"text": "a heart", "codes": [1] * cm3leon.model.config.tokens_per_image, "score": 0.5},
     ]
-    return DemoPage(pipe, "codes", open_upload, retrieve=lambda prompt, number: memory[:number])
+    return DemoPage(cm3leon, "codes", open_upload, retrieve=lambda prompt, number: memory[:number])
 
 
 def message_of(error):
@@ -125,7 +112,7 @@ def test_odd_pictures_are_captioned_and_edited(page, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "The upload is empty"), (b"no picture", "unreadable"), ("too many", "too large"), (None, "Give a picture")],
+    [(b"", "The upload is empty"), (b"no picture", "no picture in a format"), ("too many", "too large"), (None, "Give a picture")],
 )
 def test_uploads_that_are_no_pictures_are_refused_in_a_line(page, tmp_path, content, words):
     path = None if content is None else str(tmp_path / "a.png")
@@ -207,5 +194,5 @@ def test_the_page_is_served_and_says_what_is_wrong_with_an_upload(page, tmp_path
     assert seen["steps"] == [page.pipeline.model.config.num_inference_steps]
     assert seen["caption"] == page.caption(STAR, "", 9)
     assert seen["status"] == "Done. Seed: 5" and seen["captions"] == ["seed 5"]
-    assert "The upload" in seen["error"] and "unreadable" in seen["error"]
+    assert "The upload" in seen["error"] and "no picture in a format" in seen["error"]
     assert "Traceback" not in done.stderr
