@@ -1,0 +1,87 @@
+"""Times a training step of Transfusion against `transfusion-pytorch` and against its own matrix products alone.
+
+pip install transfusion-pytorch==0.20.0
+python benchmarks/training_step.py --output training_step.json
+
+A step is forward, backward, the clipping of gradients and fused AdamW, on 8 sequences of 32 text tokens and an image
+of 64 patches, in float32, with each library's own preparation of what it is given: tensors for ours, lists of parts
+for the peer. The floor is every linear layer's product and both its gradients, without attention.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from transfusion_peers import (
+    CHANNELS,
+    PATCH_SIZE,
+    PROMPT_LENGTH,
+    SIDE,
+    VOCAB_SIZE,
+    build_all,
+    common_arguments,
+    compare,
+    products_alone,
+    record_products,
+    tell,
+)
+
+
+TARGETS = {"same_trunk": 3.5, "same_parameters": 1.4, "over_floor": 1.3}
+NUM_PATCHES = SIDE * SIDE
+
+
+def loss_of_ours(model: nn.Module, batch_size: int) -> torch.Tensor:
+    """Draws text and images, and the loss of both."""
+    config = model.config
+    text = torch.randint(6, VOCAB_SIZE, (batch_size, PROMPT_LENGTH))
+    image = torch.full((batch_size, NUM_PATCHES + 2), config.image_token_id)
+    image[:, 0], image[:, -1] = config.boi_token_id, config.eoi_token_id
+    input_ids = torch.cat([text, image], dim=1)
+    labels = input_ids.masked_fill(input_ids == config.image_token_id, -100)
+    images = torch.randn(batch_size, CHANNELS, PATCH_SIZE * SIDE, PATCH_SIZE * SIDE)
+    return model(input_ids=input_ids, labels=labels, latents=images).loss
+
+
+def loss_of_peer(model: nn.Module, batch_size: int) -> torch.Tensor:
+    """The same of the peer, which is given a list of parts for each sequence."""
+    texts = torch.randint(0, VOCAB_SIZE, (batch_size, PROMPT_LENGTH))
+    patches = torch.randn(batch_size, SIDE, SIDE, CHANNELS * PATCH_SIZE**2)
+    return model([[text, image] for text, image in zip(texts, patches, strict=True)])
+
+
+def training_step(model: nn.Module, loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """One step."""
+    loss_of().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Times each model and each floor in turn and returns what was found, and on what."""
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.num_threads)
+    models = build_all(arguments.hidden_size, arguments.num_layers)
+    deeds: dict[str, Callable[[], object]] = {}
+    for name, model in models.items():
+        loss_of = partial(loss_of_peer if name == "peer" else loss_of_ours, model.train(), arguments.batch_size)
+        deeds[name] = partial(training_step, model, loss_of, torch.optim.AdamW(model.parameters(), fused=True))
+        deeds[f"{name}_floor"] = products_alone(record_products(model, loss_of), backward=True)
+    result = compare(deeds, models, arguments.num_repeats)
+    return result | {"targets": TARGETS, "batch_size": arguments.batch_size}
+
+
+def main() -> None:
+    """Reads the arguments, measures, prints and writes."""
+    parser = common_arguments(__doc__.splitlines()[0])
+    parser.add_argument("--batch_size", type=int, default=8)
+    arguments = parser.parse_args()
+    tell(measure(arguments), arguments.output)
+
+
+if __name__ == "__main__":
+    main()
