@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 
 ADAPTER = "adapter"
@@ -60,7 +61,7 @@ def find_linear_layers(model: Any) -> list[str]:
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if type(module).__name__ == "Linear" and ".layers." in name
+        if isinstance(module, nn.Linear) and ".layers." in name
     }
     return sorted(names)
 

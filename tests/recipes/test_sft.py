@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
 import sft
+from adapting import AdapterArguments, add_adapters
 from hf_mm.data.tasks import SOURCES as SOURCES_OF_PAPER
 from hf_mm.data.tasks import TASKS
 from hf_mm.training.checkpoint import list_checkpoints
@@ -116,6 +117,15 @@ def test_adapters_alone_on_their_base_are_the_merged_model(use_dora, transfusion
     assert (expected - plain).abs().max() > 1e-4
     kept = [name for name, weight in merged.state_dict().items() if torch.equal(weight, base[name])]
     assert any("embed" in name for name in kept)  # what has no adapter stays as it was
+
+
+def test_adapters_reach_every_projection_of_a_model_of_codes(make_cm3leon):
+    """Those too that write to the residual stream, which are linear layers of a class of their own."""
+    model = make_cm3leon()
+    add_adapters(model, AdapterArguments(lora_rank=2))
+    layer = model.model.layers[0]
+    parts = [*layer.self_attn.children(), *(part for part in layer.mlp.children() if hasattr(part, "weight"))]
+    assert len(parts) == 6 and all("default" in part.lora_A for part in parts)
 
 
 def test_own_edits_and_conversations_are_tuned_on(transfusion, tune, tmp_path):
