@@ -39,6 +39,13 @@ def test_info_tells_a_person_and_a_script_the_same():
     assert f"{facts['context']} positions" in spelled.stdout and ": Transfusion, weights in F32" in spelled.stdout
 
 
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in hf_mm.CHECKPOINTS.glob("*/model_index.json")))
+def test_what_ships_is_known_by_its_name(name):
+    facts = json.loads(run("info", name, "--json").stdout)
+    assert facts["name"] == str(hf_mm.CHECKPOINTS / name) and facts["parameters"]["total"] > 10**5
+    assert name in run("generate", "--help").stdout
+
+
 @pytest.mark.parametrize("name", ["runs/nowhere", "me/nowhere"])
 def test_info_names_a_checkpoint_that_is_nowhere(name):
     message = failure(run("info", name))

@@ -42,7 +42,7 @@ from .cm3leon import (
     CM3LeonPipeline,
     CM3LeonProcessor,
 )
-from .text_to_image import DEFAULT_CHECKPOINT, TextToImagePipeline
+from .text_to_image import CHECKPOINTS, DEFAULT_CHECKPOINT, TextToImagePipeline
 from .transfusion import (
     TransfusionConfig,
     TransfusionForConditionalGeneration,
@@ -130,6 +130,7 @@ _register_transfusion()
 _register_text_to_image()
 
 __all__ = [
+    "CHECKPOINTS",
     "CM3LeonConfig",
     "CM3LeonForConditionalGeneration",
     "CM3LeonImageProcessor",

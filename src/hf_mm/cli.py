@@ -80,9 +80,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MODEL_HELP = "Hub id or folder of a checkpoint, or one that ships: transfusion-tiny (the default), cm3leon-tiny."
 ModelOption = Annotated[
     str | None,
-    typer.Option(metavar="ID_OR_FOLDER", help="Checkpoint: a Hub id or a folder. Default: one ships with hf_mm."),
+    typer.Option(metavar="ID_OR_FOLDER", help=MODEL_HELP),
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings. Read it before.")
@@ -296,17 +297,16 @@ def chat(
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Checkpoint: a Hub id or a folder. Default: one ships with hf_mm."),
+        typer.Argument(metavar="[MODEL]", help=MODEL_HELP),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell the sizes, tasks and memory need of a checkpoint, without loading its weights."""
     with one_line_errors():
         from .checkpoint_info import describe_checkpoint, spell_checkpoint
-        from .loading import missing_model
-        from .text_to_image import DEFAULT_CHECKPOINT
+        from .loading import find_checkpoint, missing_model
 
-        name = str(DEFAULT_CHECKPOINT) if model is None else model
+        name = find_checkpoint(model)
         try:
             facts = describe_checkpoint(name)
         except OSError as error:
@@ -399,12 +399,11 @@ def build_demo(
     from .data.formats import open_image
     from .demo.layout import lay_out
     from .demo.page import PROMPTS, DemoPage
-    from .loading import load_reader
-    from .text_to_image import DEFAULT_CHECKPOINT
+    from .loading import find_checkpoint, load_reader
 
     check_retrieval(retrieval_dir, None)
     pipeline = load_reader(model, trust_remote_code, "caption pictures, as the demo does")
-    name = str(DEFAULT_CHECKPOINT) if model is None else model
+    name = find_checkpoint(model)
     page = DemoPage(
         pipeline,
         Path(name).name if Path(name).is_dir() else name,

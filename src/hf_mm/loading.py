@@ -15,15 +15,30 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from .cm3leon import CM3LeonPipeline
-from .text_to_image import DEFAULT_CHECKPOINT
+from .text_to_image import CHECKPOINTS, DEFAULT_CHECKPOINT
 from .transfusion import TransfusionPipeline
+
+
+def find_checkpoint(model: str | None) -> str:
+    """Finds a checkpoint that ships with the package by its name, such as `cm3leon-tiny`.
+
+    Args:
+        model (`str`, *optional*): A name, folder or Hub id; defaults to `transfusion-tiny`.
+
+    Returns:
+        `str`: its folder, or what was given where none that ships has this name.
+    """
+    if model is None:
+        return str(DEFAULT_CHECKPOINT)
+    shipped = CHECKPOINTS / Path(model).name
+    return str(shipped) if shipped.name == model and shipped.is_dir() and not Path(model).exists() else model
 
 
 def load_pipeline(model: str | None, trust_remote_code: bool) -> DiffusionPipeline:
     """Loads the pipeline of a checkpoint onto the accelerator, if there is one.
 
     Args:
-        model (`str`, *optional*): Hub id or folder; defaults to the checkpoint that ships with the package.
+        model (`str`, *optional*): As for `find_checkpoint`.
         trust_remote_code (`bool`): Whether code of the checkpoint may run.
 
     Returns:
@@ -32,7 +47,7 @@ def load_pipeline(model: str | None, trust_remote_code: bool) -> DiffusionPipeli
     for library in (transformers, diffusers):  # their bars of loading; those of downloads and of drawing stay
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    name = str(DEFAULT_CHECKPOINT) if model is None else model
+    name = find_checkpoint(model)
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise ValueError(
             f"--model {name} holds no pipeline: it has no model_index.json. recipes/pretrain.py writes one."
