@@ -45,6 +45,9 @@ def draw_scenes(
 
     Returns:
         `list[np.ndarray]`: uint8 pictures.
+
+    Raises:
+        ValueError: If the pipeline gives another number of pictures than of prompts.
     """
     settings = {name: value for name, value in drawing.items() if value is not None}
     pictures: list[np.ndarray] = []
@@ -53,7 +56,10 @@ def draw_scenes(
         if retrieved is not None:
             settings["retrieved"] = retrieved[part]
         generators = [torch.Generator().manual_seed(seed + start + number) for number in range(len(prompts[part]))]
-        pictures += [np.asarray(image) for image in pipe(prompts[part], generator=generators, **settings).images]
+        drawn = pipe(prompts[part], generator=generators, **settings).images
+        if len(drawn) != len(prompts[part]):
+            raise ValueError(f"{len(prompts[part])} `prompts` gave {len(drawn)} pictures. Need one of each.")
+        pictures += [np.asarray(image) for image in drawn]
     return pictures
 
 

@@ -19,7 +19,7 @@ class Without:
     def __getattr__(self, name):
         return getattr(self.finder, name)
     def find_spec(self, name, *args):
-        hidden = {"faiss", "fontawesomefree", "gradio", "skimage", "playwright", "torchmetrics", "torch_fidelity", "lm_eval"}
+        hidden = {"faiss", "fontawesomefree", "gradio", "skimage", "playwright", "torchmetrics", "torch_fidelity", "lm_eval", "pycocoevalcap"}
         return None if name.split(".")[0] in hidden else self.finder.find_spec(name, *args)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finder, "find_spec")]

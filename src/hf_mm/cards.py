@@ -78,8 +78,8 @@ def add_eval_results(folder: str | Path, results: Sequence[EvalResult], note: st
 
     Args:
         folder (`str` or `Path`): Of a model; one without a card stays without.
-        results (`Sequence[EvalResult]`): The scores, each with a `metric_name`; numbers from 0 to 1 are shares. A card
-            tells data apart by type, configuration and split, not by name.
+        results (`Sequence[EvalResult]`): The scores, each with a `metric_name`; of type `accuracy` they are shares. A
+            card tells data apart by type, configuration and split, not by name.
         note (`str`, *optional*): How they came about, above the table.
     """
     path = Path(folder) / "README.md"
@@ -96,11 +96,14 @@ def add_eval_results(folder: str | Path, results: Sequence[EvalResult], note: st
 
 
 def tabulate_results(results: Sequence[EvalResult]) -> str:
-    """Spells scores as a Markdown table; shares as percents."""
+    """Spells scores as a Markdown table: shares as percents, with the `interval` that `metric_args` may hold."""
     lines = ["| data | score | value |", "|---|---|---|"]
     for result in results:
-        value = result.metric_value
-        shown = f"{value:.1%}" if isinstance(value, float) and 0 <= value <= 1 else f"{value:g}"
+        is_share = result.metric_type == "accuracy" and 0 <= result.metric_value <= 1
+        spelling = ".1%" if is_share else ".4g"
+        shown = format(result.metric_value, spelling)
+        if interval := (result.metric_args or {}).get("interval"):
+            shown += f" ({' to '.join(format(end, spelling) for end in interval)})"
         lines.append(f"| {result.dataset_name} | {result.metric_name} | {shown} |")
     return "\n".join(lines)
 

@@ -54,7 +54,8 @@ def test_true_pictures_are_right(glyph_set, size_px):
     accuracy = scene_accuracy(pictures(scenes, size_px), scenes, **names(glyph_set))
     assert accuracy.keys() == {"overall", *KINDS}
     for rates in accuracy.values():
-        assert min(rates[rate] for rate in rates if rate != "num_images") >= 0.99
+        assert min(rates[rate] for rate in rates["intervals"]) >= 0.99
+        assert len(rates["intervals"]) == 5 and all(low <= 1 == high for low, high in rates["intervals"].values())
 
 
 def test_found_boxes_lie_on_the_drawn_ones():

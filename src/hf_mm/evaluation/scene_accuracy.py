@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .intervals import mean_interval
+
 
 RGB = tuple[int, int, int]
 GlyphRenderer = Callable[[str, int], np.ndarray]
@@ -344,15 +346,15 @@ def score_scene(
     return {"kind": record["kind"], "objects": found, "background": background, **verdicts}
 
 
-def summarize_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def summarize_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Averages the verdicts of `score_scene` over all pictures and over each kind of scene.
 
     Args:
         scores (`Sequence[Mapping]`): One per picture.
 
     Returns:
-        `dict[str, dict[str, float]]`: under `"overall"` and under each kind that occurs, `num_images` and the share
-        of pictures for which each verdict holds.
+        `dict[str, dict]`: under `"overall"` and under each kind that occurs, `num_images`, the share of pictures for
+        which each verdict holds, and under `intervals` the bootstrap interval of each share.
 
     Raises:
         ValueError: If there are no scores.
@@ -364,7 +366,11 @@ def summarize_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
     for score in scores:
         groups.setdefault(score["kind"], []).append(score)
     return {
-        name: {"num_images": len(group), **{rate: sum(score[rate] for score in group) / len(group) for rate in _RATES}}
+        name: {
+            "num_images": len(group),
+            **{rate: sum(score[rate] for score in group) / len(group) for rate in _RATES},
+            "intervals": {rate: mean_interval([score[rate] for score in group]) for rate in _RATES},
+        }
         for name, group in groups.items()
     }
 
@@ -377,7 +383,7 @@ def scene_accuracy(
     colors: Mapping[str, RGB],
     backgrounds: Mapping[str, RGB],
     render_glyph: GlyphRenderer,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Scores pictures against the scenes their prompts came from and averages the verdicts.
 
     Args:
@@ -389,7 +395,7 @@ def scene_accuracy(
         render_glyph (`Callable`): Renders a glyph's mask; see `find_objects`.
 
     Returns:
-        `dict[str, dict[str, float]]`: as from `summarize_scores`.
+        `dict[str, dict]`: as from `summarize_scores`.
 
     Raises:
         ValueError: If there is no picture, the numbers differ, or a picture is not uint8 of `(height, width, 3)`.
