@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,9 @@ from training_cost import edit_model, measure_cost
 HERE = Path(__file__).parent
 QUICK_STEPS = 8
 QUICK_COUNT = 16
+NOT_QUICK = "cider"  # a metric that needs a word, which models of a few steps do not write
 NUM_LOG_LINES = 15
+RUNNING: set[subprocess.Popen[bytes]] = set()  # what is to end when this process is ended
 
 
 @dataclass
@@ -87,6 +90,7 @@ class GridArguments:
                 raise ValueError(f"`{name}` has {twice} twice. Give each another name.")
         if self.quick:
             self.seeds = self.seeds[:1]
+            self.comparisons = [text for text in self.comparisons if NOT_QUICK not in text]
 
 
 def split_name(text: str, where: str) -> tuple[str, str]:
@@ -177,8 +181,13 @@ def run_script(words: Sequence[str], log: Path, num_parallel: int) -> None:
     threads = str(max((os.cpu_count() or 1) // num_parallel, 1))
     environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **os.environ}
     command = [sys.executable, str(HERE / words[0]), *words[1:]]
-    with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
+        RUNNING.add(process)
+        code = process.wait()
+        RUNNING.discard(process)
     if code:
         said = "\n".join(log.read_text(encoding="utf-8").splitlines()[-NUM_LOG_LINES:])
         raise RuntimeError(f"{spell(words)} ended with {code}. The end of {log}:\n{said}")
@@ -299,16 +308,22 @@ def evaluate_cell(cell: Cell, model: str, evaluation: str, grid: GridArguments) 
 def shrink(words: Sequence[str]) -> list[str]:
     """Lowers every number of scenes or captions that is asked for, for a quick look."""
     counts = {place + 1 for place, word in enumerate(words) if word.startswith("--num_")}
-    return [str(min(int(word), QUICK_COUNT)) if place in counts else word for place, word in enumerate(words)]
+    lowered = [str(min(int(word), QUICK_COUNT)) if place in counts else word for place, word in enumerate(words)]
+    return [word for word in lowered if word != NOT_QUICK]
 
 
 def read_scores(path: Path) -> dict[str, float]:
-    """Reads the numbers of a JSON file, by the names that lead to them, but for the recipe's own."""
+    """Reads the numbers of a JSON file by the names that lead to them, but for the recipe's own and for intervals.
+
+    Those are of one run alone; what is compared here varies between seeds.
+    """
 
     def walk(content: Any, name: str) -> Iterator[tuple[str, float]]:
         if isinstance(content, dict | list):
             items = content.items() if isinstance(content, dict) else enumerate(content)
             for key, value in items:
+                if key == "intervals":
+                    continue
                 yield from walk(value, f"{name}.{key}" if name else str(key))
         elif isinstance(content, int | float) and not isinstance(content, bool):
             yield name, float(content)
@@ -343,8 +358,15 @@ def run_grid(grid: GridArguments) -> list[dict[str, Any]]:
         except RuntimeError as error:
             return error
 
-    with ThreadPoolExecutor(grid.num_parallel) as pool:
+    pool = ThreadPoolExecutor(grid.num_parallel)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
         found = list(tqdm(pool.map(run, cells), total=len(cells), desc=grid.name))
+    finally:  # interrupted, it starts no further cell, and a training that runs saves where it is
+        signal.signal(signal.SIGTERM, before)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(RUNNING):
+            process.terminate()
     rows = [row for of_cell in found if not isinstance(of_cell, RuntimeError) for row in of_cell]
     path = results_path(grid)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ A variant `family.size` belongs to the line of its family. The same command goes
 tables and the plot (metric against FLOPs, as figure 5 of Transfusion) are in `results_dir`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,13 +15,26 @@ from typing import Any, Literal
 import numpy as np
 
 from grid import GridArguments, read_rows, results_path, run_grid
-from hf_mm.evaluation.scaling import ParityRatio, PowerLaw, fit_power_law, parity_flop_ratio, within_bounds
+from hf_mm.evaluation.scaling import (
+    PAPER_BOUNDS,
+    ParityRatio,
+    PowerLaw,
+    fit_power_law,
+    parity_flop_ratio,
+    within_bounds,
+)
 from hf_mm.evaluation.scaling_plot import draw_scaling_plot
 from hf_mm.training.recipe import parse_recipe
 from reproduce import read_metric, spell_page
 
 
 Points = dict[str, list[tuple[float, float]]]
+PAPER_BOUNDS_AS_TEXT = [
+    f"{metric} {sign} {bound:g}"
+    for metric, pair in PAPER_BOUNDS.items()
+    for sign, bound in zip((">=", "<="), pair, strict=True)
+    if bound is not None
+]
 
 
 @dataclass
@@ -37,8 +51,29 @@ class ScalingArguments(GridArguments):
     flops: Literal["theoretical_flops", "counted_flops"] = field(
         default="theoretical_flops", metadata={"help": "The axis: 6ND, as in Transfusion, or what was counted."}
     )
-    at_least: float | None = field(default=None, metadata={"help": "Runs with a lower metric are left out."})
-    at_most: float | None = field(default=None, metadata={"help": "Runs with a higher metric are left out."})
+    bounds: list[str] = field(
+        default_factory=lambda: [*PAPER_BOUNDS_AS_TEXT],
+        metadata={
+            "help": "Each `metric >= number` or `metric <= number`: runs beyond are left out of the lines of the "
+            "metrics that have this name, or end with it. Those of the paper unless given."
+        },
+    )
+
+
+def find_bounds(metric: str, bounds: Sequence[str]) -> dict[str, float]:
+    """Reads the bounds of a metric.
+
+    Raises:
+        ValueError: If a bound is not of the form `metric >= number`.
+    """
+    found: dict[str, float] = {}
+    for text in bounds:
+        parts = re.fullmatch(r"(?P<name>.+) (?P<sign>[<>]=) (?P<number>[\d.eE+-]+)", text)
+        if parts is None:
+            raise ValueError(f"`bounds` has {text!r}. Write `metric >= number` or `metric <= number`.")
+        if parts["name"] in (metric, metric.rpartition(".")[2]):
+            found["at_least" if parts["sign"] == ">=" else "at_most"] = float(parts["number"])
+    return found
 
 
 def collect_points(rows: Sequence[Mapping[str, Any]], metric: str, scaling: ScalingArguments) -> tuple[Points, int]:
@@ -48,13 +83,13 @@ def collect_points(rows: Sequence[Mapping[str, Any]], metric: str, scaling: Scal
         `tuple[dict, int]`: the points, and how many runs were left out.
     """
     points: Points = {}
-    num_left_out = 0
+    num_left_out, bounds = 0, find_bounds(metric, scaling.bounds)
     for row in rows:
         if metric.removeprefix("1 - ") not in row["scores"]:
             continue
         value = read_metric(row, metric)
         of_family = points.setdefault(row["variant"].partition(".")[0], [])
-        inside = bool(within_bounds([value], at_least=scaling.at_least, at_most=scaling.at_most)[0])
+        inside = bool(within_bounds([value], **bounds)[0])
         if inside and value > 0:
             of_family.append((row[scaling.flops], value))
         else:

@@ -99,7 +99,7 @@ def measure_cost(words: Sequence[str], folder: Path) -> dict[str, float]:
 
 def count_targets(model: Any, batches: Sequence[dict[str, torch.Tensor]], tokens_per_image: int) -> tuple[int, int]:
     """Images of some batches, and tokens and patches that are predicted; codes are tokens already."""
-    num_images = num_tokens = 0
+    num_images = num_tokens = num_codes = 0
     for batch in batches:
         counts = {name: int(count) for name, count in model.count_targets(batch).items()}
         num_tokens += counts["num_items_in_batch"]
@@ -107,5 +107,5 @@ def count_targets(model: Any, batches: Sequence[dict[str, torch.Tensor]], tokens
             num_images += counts["num_images_in_batch"]
             num_tokens += counts["num_images_in_batch"] * tokens_per_image
         else:
-            num_images += counts["num_image_items_in_batch"] // tokens_per_image
-    return num_images, num_tokens
+            num_codes += counts["num_image_items_in_batch"]
+    return num_images + round(num_codes / tokens_per_image), num_tokens

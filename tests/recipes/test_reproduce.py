@@ -1,18 +1,19 @@
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate_decoding
-import evaluate_text
 import grid
 import reproduce
 import scaling
@@ -112,6 +113,23 @@ def test_every_reproduction_names_its_paper_its_command_and_what_there_is(config
             assert found["variant"] in variants and found["evaluation"] in {None, *evaluations}
 
 
+def test_experiments_share_the_models_that_are_alike(tmp_path, scripts):
+    folders: dict[str, set[Path]] = {}
+    for config in CONFIGS:
+        kind = scaling.ScalingArguments if config.stem == "scaling" else grid.GridArguments
+        (asked,) = parse_recipe(kind, argv=["--config", str(config), "--output_dir", str(tmp_path)])
+        for cell in grid.plan_cells(asked):
+            if cell.variant.checkpoint is None:
+                folders.setdefault(f"{config.stem}/{cell.variant.name}", set()).add(cell.folder)
+    plain = folders["attention/linear-both-ways"]
+    for name in ("patch_size/linear-4", "sizes/linear-128", "noise_cap/uncapped", "guidance/linear"):
+        assert folders[name] == plain, name
+    assert folders["patch_size/unet-4"] == folders["sizes/unet-128"] == folders["attention/unet-both-ways"]
+    assert folders["decoding/cm3"] == folders["cm3_objective/cm3"]
+    page = (ROOT / "docs" / "reproductions.md").read_text()
+    assert f"{len(set.union(*folders.values()))} trainings" in page
+
+
 def test_each_cell_is_trained_and_scored_once(tmp_path, fields, scripts):
     words = write(tmp_path, fields)
     scripts.broken = "--seed 1005"
@@ -125,6 +143,42 @@ def test_each_cell_is_trained_and_scored_once(tmp_path, fields, scripts):
     scripts.run = []
     reproduce.main(words)
     assert not scripts.run
+
+
+def test_an_interrupt_starts_no_further_cell(tmp_path, fields, scripts, monkeypatch):
+    def interrupt(words: list[str], log: Path, num_parallel: int) -> None:
+        scripts.run.append(words)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grid, "run_script", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(write(tmp_path, fields))
+    assert len(scripts.run) < 6
+
+
+def test_a_grid_that_is_ended_ends_what_it_runs(tmp_path, fields):
+    """In a process of its own, whose script would sleep for long and says when it was told to end."""
+    (tmp_path / "evaluate.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit((here / 'ended').write_text('yes')))\n"
+        "(here / 'began').touch()\n"
+        "time.sleep(60)\n"
+    )
+    given = {**fields, "common": "", "variants": [f"given: checkpoint={tmp_path}"]}
+    code = (
+        "import pathlib, sys, grid, reproduce\n"
+        f"grid.HERE = pathlib.Path({str(tmp_path)!r})\n"
+        "reproduce.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, *write(tmp_path, given)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "began").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+    assert (tmp_path / "ended").read_text() == "yes" and process.returncode != 0
 
 
 def test_another_experiment_shares_what_is_trained_alike(tmp_path, fields, scripts):
@@ -156,11 +210,13 @@ def test_a_variant_changes_the_model_by_its_file(tmp_path, fields, scripts):
 
 
 def test_a_quick_look_is_small_and_leaves_the_results_alone(tmp_path, fields, scripts):
+    fields["evaluations"] = ["drawn: evaluate.py --metrics scenes cider --num_scenes 256 --num_captions 9"]
+    fields["comparisons"] += ["cider.cider: wide > plain"]
     assert reproduce.main([*write(tmp_path, fields), "--quick"]) == "undecided"
     trained = [run for run in scripts.run if run[0] == "pretrain.py"]
     assert len(trained) == 2 and all(run[run.index("--max_steps") + 1] == "8" for run in trained)
     scored = next(run for run in scripts.run if run[0] == "evaluate.py")
-    assert scored[scored.index("--num_scenes") + 1] == "16"
+    assert scored[1:7] == ["--metrics", "scenes", "--num_scenes", "16", "--num_captions", "9"]
     assert (tmp_path / "runs" / "quick" / "tried.md").exists() and not (tmp_path / "results").exists()
 
 
@@ -261,20 +317,6 @@ def test_pages_of_results_are_what_their_raw_results_say(monkeypatch):
         results = grid.read_rows(raw)
         assert raw.with_suffix(".md").read_text().startswith(reproduce.spell_page(asked, results, command).rstrip())
         assert line.rstrip("| ").endswith(reproduce.tabulate_findings(results, asked.comparisons)[1]), line
-
-
-def test_log_probabilities_are_a_direct_sum_whatever_the_batch():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-    ).eval()
-    documents = [[3, 5, 7, 11], [2, 3], [13, 17, 19, 23, 29, 30]]
-    direct = 0.0
-    for document in documents:
-        logits = model(torch.tensor([document])).logits[0].log_softmax(-1)
-        direct += sum(logits[place, token].item() for place, token in enumerate(document[1:]))
-    for batch_size in (1, 2, 3):
-        assert evaluate_text.sum_log_probabilities(model, documents, batch_size) == pytest.approx(direct, rel=1e-5)
 
 
 def test_the_best_of_the_first_candidates_is_taken():

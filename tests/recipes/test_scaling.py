@@ -82,7 +82,7 @@ def test_the_axis_may_be_counted_flops(tmp_path, fields):
 
 
 def test_runs_beyond_the_bounds_are_left_out_and_counted(tmp_path, fields):
-    laws = scaling.main(write(tmp_path, {**fields, "at_most": 0.2}))["1 - right"]
+    laws = scaling.main(write(tmp_path, {**fields, "bounds": ["1 - right <= 0.2"]}))["1 - right"]
     assert laws["codes"].flops_range[0] > 100
     page = (tmp_path / "results" / "tried.md").read_text()
     assert "3 runs left out" in page
@@ -96,3 +96,13 @@ def test_a_quick_look_has_too_few_runs_for_a_line(tmp_path, fields):
 def test_a_baseline_that_is_no_family_is_refused(tmp_path, fields):
     with pytest.raises(ValueError, match=r"`baseline`='vq' is none of the families \['codes', 'patches'\]"):
         scaling.main(write(tmp_path, {**fields, "baseline": "vq"}))
+
+
+def test_bounds_are_the_papers_unless_given():
+    bounds = scaling.ScalingArguments(name="x", claim="", variants=["a: b"], evaluations=["c: d"]).bounds
+    assert scaling.find_bounds("fid.fid", bounds) == {"at_most": 100}
+    assert scaling.find_bounds("cider.cider", bounds) == {"at_least": 0.04}
+    assert scaling.find_bounds("drawn.right", bounds) == {}
+    assert scaling.find_bounds("fid", ["fid <= 7", "fid >= 0.5"]) == {"at_most": 7, "at_least": 0.5}
+    with pytest.raises(ValueError, match="Write `metric >= number`"):
+        scaling.find_bounds("fid", ["fid 7"])

@@ -14,11 +14,11 @@ from .comparison import student_t
 
 
 # Smallest and largest value of a metric that enters a fit. Source: Transfusion (arXiv 2408.11039), section 4.2, which
-# leaves out small Chameleon models; CIDEr and CLIP score in percent, as printed there.
+# leaves out small Chameleon models; it prints CIDEr times 100.
 PAPER_BOUNDS: Mapping[str, tuple[float | None, float | None]] = {
     "fid": (None, 100.0),
     "clip_score": (17.0, None),
-    "cider": (4.0, None),
+    "cider": (0.04, None),
 }
 
 
