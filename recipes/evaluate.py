@@ -96,6 +96,8 @@ class EvaluationRecipe:
             raise ValueError("`metrics` is empty. Name at least one.")
         if self.num_scenes < 2:
             raise ValueError(f"`num_scenes`={self.num_scenes} must be at least 2, to be shuffled.")
+        if "fid" in self.metrics and self.num_scenes < 4:
+            raise ValueError(f"`num_scenes`={self.num_scenes} must be at least 4 for `fid`, to be halved.")
         if "cider" in self.metrics and self.num_captions < 2:
             raise ValueError(f"`num_captions`={self.num_captions} must be at least 2 for `cider`.")
         for name, most in QUICK.items() if self.quick else ():
@@ -188,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         note = f"`recipes/evaluate.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
         add_eval_results(recipe.model_name_or_path, list_results(scores, recipe), note=note)
     print(json.dumps(scores, indent=2))
-    print(f"Scores and grid are in {folder}.")
+    print(f"Scores are in {folder}.")
     return scores
 
 

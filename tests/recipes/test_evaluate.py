@@ -171,6 +171,7 @@ def test_a_quick_run_asks_for_no_more_than_was_asked():
         ({"metrics": ["fids"]}, r"`metrics` has \['fids'\]. Known are scenes, "),
         ({"metrics": []}, "`metrics` is empty"),
         ({"num_scenes": 1}, "`num_scenes`=1 must be at least 2"),
+        ({"metrics": ["fid"], "num_scenes": 3}, "`num_scenes`=3 must be at least 4 for `fid`"),
         ({"metrics": ["cider"], "num_captions": 1}, "`num_captions`=1 must be at least 2 for `cider`"),
     ],
 )
