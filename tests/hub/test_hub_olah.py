@@ -24,8 +24,10 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForMultimodalLM
 
-print(sorted(os.listdir(snapshot_download("me/model"))))
-model = AutoModelForMultimodalLM.from_pretrained("me/model", trust_remote_code=True).eval()
+# Whole, for to olah a file that a repo lacks, such as the adapter that is looked for, is a repo that is not there.
+folder = snapshot_download("me/model")
+print(sorted(os.listdir(folder)))
+model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True).eval()
 with torch.no_grad():
     print(model(input_ids=torch.tensor([[7, 11, 13]])).logits.double().sum().item())
 """
@@ -40,7 +42,8 @@ def serve_repos(tmp_path):
     settings = {"host": "127.0.0.1", "port": port, "repos-path": str(tmp_path / "cached")}
     lines = [f"{name} = {value!r}" for name, value in settings.items()]
     config = tmp_path / "olah.toml"
-    config.write_text("\n".join(["[basic]", *lines, f"mirrors-path = [{str(tmp_path / 'mirrors')!r}]"]))
+    offline = "[accessibility]\noffline = true"  # else it asks the Hub first whether there is such a repo
+    config.write_text("\n".join(["[basic]", *lines, f"mirrors-path = [{str(tmp_path / 'mirrors')!r}]", offline]))
     command = [OLAH, "--config", config, "--log-path", tmp_path / "logs"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
