@@ -354,7 +354,7 @@ def summarize_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
 
     Returns:
         `dict[str, dict]`: under `"overall"` and under each kind that occurs, `num_images`, the share of pictures for
-        which each verdict holds, and under `intervals` the bootstrap interval of each share.
+        which each verdict holds, and under `intervals` both ends of the bootstrap interval of each share.
 
     Raises:
         ValueError: If there are no scores.
@@ -369,7 +369,7 @@ def summarize_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str,
         name: {
             "num_images": len(group),
             **{rate: sum(score[rate] for score in group) / len(group) for rate in _RATES},
-            "intervals": {rate: mean_interval([score[rate] for score in group]) for rate in _RATES},
+            "intervals": {rate: list(mean_interval([score[rate] for score in group])) for rate in _RATES},
         }
         for name, group in groups.items()
     }
