@@ -25,7 +25,7 @@ SHORTENED = {
     "sft.py": f"{BRIEF} --num_scenes 96 --num_task_scenes 24 --num_eval_rows 2",
     "encode_images.py": "--num_scenes 96",
     "build_retrieval_index.py": "--num_scenes 96 --memory_num_scenes 96",
-    "evaluate.py": "--num_scenes 2 --num_captions 2",
+    "evaluate.py": "--num_scenes 4 --num_captions 4",
 }
 LEFT_OUT = ("pip", "pytest")
 LAUNCHERS = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run", "python": ""}
