@@ -36,7 +36,7 @@ def test_info_tells_a_person_and_a_script_the_same():
     assert spelled.exit_code == told.exit_code == 0, spelled.output
     facts = json.loads(told.stdout)
     assert facts["family"] == "Transfusion" and facts["parameters"]["total"] > 10**5
-    assert f"{facts['context']} positions" in spelled.stdout and ": Transfusion, weights in F32" in spelled.stdout
+    assert f"{facts['context']} positions" in spelled.stdout and ": Transfusion, weights in BF16" in spelled.stdout
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in hf_mm.CHECKPOINTS.glob("*/model_index.json")))
