@@ -145,7 +145,7 @@ def test_a_row_without_text_and_image_is_refused_by_its_number(encoder: ClipEnco
     with pytest.raises(VectorError, match="Row 7: it has neither a text nor an image. Leave such rows out"):
         embed(Dataset.from_dict({"image": images, "text": texts}), encoder, tmp_path)
     images[7] = {"bytes": b"no picture", "path": None}
-    with pytest.raises(VectorError, match="Row 7, column `image`: `image` is unreadable"):
+    with pytest.raises(VectorError, match="Row 7, column `image`: `image` is no picture"):
         embed(Dataset.from_dict({"image": images, "text": texts}), encoder, tmp_path / "unreadable")
 
 

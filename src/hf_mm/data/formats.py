@@ -231,7 +231,7 @@ def open_image(value: Any, field: str = "image") -> PILImage.Image:  # noqa: ANN
     except ImageError as error:
         raise ImageError(f"`{field}` is {error}") from None
     except UnidentifiedImageError as error:  # whose own text names the buffer that was read
-        raise ImageError(f"`{field}` is no picture in a format that Pillow reads, such as PNG or JPEG.") from error
+        raise ImageError(f"`{field}` is no picture in a format that Pillow reads, such as PNG or JPEG") from error
     except Exception as error:  # decoders raise nearly every type on damaged files
         raise ImageError(f"`{field}` is unreadable or truncated: {type(error).__name__}: {error}") from error
 
