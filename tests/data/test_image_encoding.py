@@ -185,7 +185,10 @@ def test_bad_settings_are_refused_by_name(tmp_path: Path, options: dict, message
 def test_an_unreadable_image_is_named_by_its_row(tmp_path: Path) -> None:
     images = [{"bytes": b"x", "path": None} if number == 9 else encoded(number) for number in range(NUM_ROWS)]
     rows = Dataset.from_dict({"image": images, "text": ["a"] * NUM_ROWS})
-    with pytest.raises(RowError, match=r"Row 9, column `image`: `image` is no picture .*JPEG. Drop such rows with `prepare_pairs` first"):
+    with pytest.raises(
+        RowError,
+        match=r"Row 9, column `image`: `image` is no picture .*JPEG. Drop such rows with `prepare_pairs` first",
+    ):
         encode(rows, tmp_path)
 
 
