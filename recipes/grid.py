@@ -4,7 +4,6 @@ A grid is variants times budgets times seeds. What is finished is not run again,
 the same; a training that was cut goes on from its last checkpoint.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -20,6 +19,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from hf_mm.data.fingerprints import digest_text
+from hf_mm.data.shards import write_json
 from hf_mm.recipe_launch import read_command
 from training_cost import edit_model, measure_cost
 
@@ -160,15 +161,7 @@ class Cell:
 
 def digest(*parts: Any) -> str:
     """Names what was asked for, in a few letters."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
-
-def write_whole(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    partial.replace(path)
+    return digest_text(json.dumps(parts, sort_keys=True))[:10]
 
 
 def run_script(words: Sequence[str], log: Path, num_parallel: int) -> None:
@@ -207,7 +200,7 @@ def plan_cells(grid: GridArguments) -> list[Cell]:
             folder = Path(grid.output_dir) / f"{Path(variant.checkpoint).name}-{digest(variant.checkpoint)}"
             cells += [Cell(variant, "", None, None, seed, folder / f"seed-{seed}") for seed in grid.seeds]
             continue
-        if not (budgets := [*(variant.steps or grid.train_steps), *([] if variant.steps else grid.train_flops)]):
+        if not (budgets := variant.steps or (*grid.train_steps, *grid.train_flops)):
             raise ValueError(f"`variants`: {variant.name!r} has no budget. Give `train_flops` or `train_steps`.")
         pretrains = Path(read_command(Path(variant.config))[1]).name == "pretrain.py"
         if variant.edits and not pretrains:
@@ -233,10 +226,10 @@ def find_steps(budget: float, cost: Mapping[str, float] | None, variant: Variant
 
 def read_cost(variant: Variant, model: Mapping[str, Any], folder: Path, grid: GridArguments) -> dict[str, float]:
     """What a step of pretraining costs, counted once; the model's file comes into the folder too."""
-    write_whole(folder / "model.json", model)
+    write_json(folder / "model.json", model)
     if not (folder / "cost.json").exists():
         words = [*variant.words, "--config_name", str(folder / "model.json")]
-        write_whole(folder / "cost.json", measure_cost(words, text_tokenizer_dir(variant, grid)))
+        write_json(folder / "cost.json", measure_cost(words, text_tokenizer_dir(variant, grid)))
     return json.loads((folder / "cost.json").read_text(encoding="utf-8"))
 
 
@@ -276,7 +269,7 @@ def train_cell(cell: Cell, grid: GridArguments) -> tuple[str, dict[str, Any]]:
     if not mark.exists():
         words, began = training_words(cell, grid), time.monotonic()
         run_script(words, cell.folder / "log.txt", grid.num_parallel)
-        write_whole(mark, {"train_command": spell(words), "seconds_of_last_launch": time.monotonic() - began})
+        write_json(mark, {"train_command": spell(words), "seconds_of_last_launch": time.monotonic() - began})
     record = json.loads(mark.read_text(encoding="utf-8"))
     record["max_steps"] = steps = cell.max_steps or 0
     if cell.cost is not None:
@@ -301,7 +294,7 @@ def evaluate_cell(cell: Cell, model: str, evaluation: str, grid: GridArguments) 
     command = [first, *words, "--model_name_or_path", model, "--output_dir", str(folder)]
     if not (folder / "done.json").exists():
         run_script(command, folder / "log.txt", grid.num_parallel)
-        write_whole(folder / "done.json", {"command": spell(command)})
+        write_json(folder / "done.json", {"command": spell(command)})
     return {"evaluation": name, "evaluation_command": spell(command), "scores": read_scores(folder / "scores.json")}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import VQModel
 from micro_run import MICRO_MODEL, MICRO_RUN
 from transformers.utils import logging
@@ -138,3 +139,15 @@ def codes(tmp_path: Path, encode, save_vq) -> dict[str, object]:
         "dataset_name": encode("codes", tokenizer),
         "max_spans": 5,
     }
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path):
+    """Writes a recipe of these fields; returns the words that name it."""
+
+    def write(fields: dict[str, object]) -> list[str]:
+        path = tmp_path / "tried.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        return ["--config", str(path)]
+
+    return write

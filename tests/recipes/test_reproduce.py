@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from transformers import CONFIG_MAPPING
 
@@ -91,12 +90,6 @@ def fields(tmp_path: Path) -> dict[str, object]:
     }
 
 
-def write(tmp_path: Path, fields: dict[str, object]) -> list[str]:
-    path = tmp_path / "tried.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    return ["--config", str(path)]
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_reproduction_names_its_paper_its_command_and_what_there_is(config, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -149,8 +142,8 @@ def test_experiments_share_the_models_that_are_alike(tmp_path, scripts):
     assert f"{len(set.union(*folders.values()))} trainings" in page
 
 
-def test_each_cell_is_trained_and_scored_once(tmp_path, fields, scripts):
-    words = write(tmp_path, fields)
+def test_each_cell_is_trained_and_scored_once(tmp_path, fields, scripts, write_recipe):
+    words = write_recipe(fields)
     scripts.broken = "--seed 1005"
     with pytest.raises(RuntimeError, match="2 of 6 cells failed"):
         reproduce.main(words)
@@ -164,7 +157,7 @@ def test_each_cell_is_trained_and_scored_once(tmp_path, fields, scripts):
     assert not scripts.run
 
 
-def test_an_interrupt_starts_no_further_cell(tmp_path, fields, scripts, monkeypatch):
+def test_an_interrupt_starts_no_further_cell(tmp_path, fields, scripts, monkeypatch, write_recipe):
     def interrupt(words: list[str], log: Path, num_parallel: int) -> None:
         scripts.run.append(words)
         if len(scripts.run) > 1:
@@ -173,11 +166,11 @@ def test_an_interrupt_starts_no_further_cell(tmp_path, fields, scripts, monkeypa
 
     monkeypatch.setattr(grid, "run_script", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        reproduce.main(write(tmp_path, fields))
+        reproduce.main(write_recipe(fields))
     assert len(scripts.run) <= 2
 
 
-def test_a_grid_that_is_ended_ends_what_it_runs(tmp_path, fields):
+def test_a_grid_that_is_ended_ends_what_it_runs(tmp_path, fields, write_recipe):
     """In a process of its own, whose script would sleep for long and says when it was told to end."""
     (tmp_path / "evaluate.py").write_text(
         "import pathlib, signal, sys, time\n"
@@ -192,7 +185,7 @@ def test_a_grid_that_is_ended_ends_what_it_runs(tmp_path, fields):
         f"grid.HERE = pathlib.Path({str(tmp_path)!r})\n"
         "reproduce.main(sys.argv[1:])\n"
     )
-    command = [sys.executable, "-c", code, *write(tmp_path, given)]
+    command = [sys.executable, "-c", code, *write_recipe(given)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -202,17 +195,17 @@ def test_a_grid_that_is_ended_ends_what_it_runs(tmp_path, fields):
     assert (tmp_path / "ended").read_text() == "yes" and process.returncode != 0
 
 
-def test_another_experiment_shares_what_is_trained_alike(tmp_path, fields, scripts):
-    reproduce.main(write(tmp_path, fields))
+def test_another_experiment_shares_what_is_trained_alike(tmp_path, fields, scripts, write_recipe):
+    reproduce.main(write_recipe(fields))
     scripts.run = []
     other = {**fields, "name": "other", "variants": ["same: --noise_cap none", "new: --noise_cap 300"]}
-    reproduce.main(write(tmp_path, {**other, "comparisons": ["drawn.right: same > new"]}))
+    reproduce.main(write_recipe({**other, "comparisons": ["drawn.right: same > new"]}))
     assert scripts.names().count("pretrain.py") == 3
     assert all("300" in run for run in scripts.run if run[0] == "pretrain.py")
 
 
-def test_a_budget_of_flops_buys_as_many_steps_as_were_counted(tmp_path, fields, scripts):
-    reproduce.main(write(tmp_path, fields))
+def test_a_budget_of_flops_buys_as_many_steps_as_were_counted(tmp_path, fields, scripts, write_recipe):
+    reproduce.main(write_recipe(fields))
     trained = [run for run in scripts.run if run[0] == "pretrain.py"]
     assert all(run[run.index("--max_steps") + 1] == "100" for run in trained)  # 2e8 of 2e6 a step
     assert sorted({run[run.index("--seed") + 1] for run in trained}) == ["4", "5", "6"]
@@ -222,18 +215,18 @@ def test_a_budget_of_flops_buys_as_many_steps_as_were_counted(tmp_path, fields, 
     assert row["scores"] == {"drawn.right": 0.5, "drawn.many.0": 7.0}  # numbers alone, and none of the recipe's
 
 
-def test_a_variant_changes_the_model_by_its_file(tmp_path, fields, scripts):
-    reproduce.main(write(tmp_path, fields))
+def test_a_variant_changes_the_model_by_its_file(tmp_path, fields, scripts, write_recipe):
+    reproduce.main(write_recipe(fields))
     trained = next(run for run in reversed(scripts.run) if run[0] == "pretrain.py")
     model = json.loads(Path(trained[trained.index("--config_name") + 1]).read_text())
     assert model["text_config"]["hidden_size"] == 64 and model["patch_layer"] == "unet"
     assert model["text_config"]["num_hidden_layers"] == 4  # of the recipe's own file
 
 
-def test_a_quick_look_is_small_and_leaves_the_results_alone(tmp_path, fields, scripts):
+def test_a_quick_look_is_small_and_leaves_the_results_alone(tmp_path, fields, scripts, write_recipe):
     fields["evaluations"] = ["drawn: evaluate.py --metrics scenes cider --num_scenes 256 --num_captions 9"]
     fields["comparisons"] += ["cider.cider: wide > plain"]
-    assert reproduce.main([*write(tmp_path, fields), "--quick"]) == "undecided"
+    assert reproduce.main([*write_recipe(fields), "--quick"]) == "undecided"
     trained = [run for run in scripts.run if run[0] == "pretrain.py"]
     assert len(trained) == 2 and all(run[run.index("--max_steps") + 1] == "8" for run in trained)
     scored = next(run for run in scripts.run if run[0] == "evaluate.py")
@@ -241,7 +234,9 @@ def test_a_quick_look_is_small_and_leaves_the_results_alone(tmp_path, fields, sc
     assert (tmp_path / "runs" / "quick" / "tried.md").exists() and not (tmp_path / "results").exists()
 
 
-def test_checkpoints_are_scored_without_training_and_files_of_training_are_read(tmp_path, fields, scripts):
+def test_checkpoints_are_scored_without_training_and_files_of_training_are_read(
+    tmp_path, fields, scripts, write_recipe
+):
     (tmp_path / "model" / "tasks").mkdir(parents=True)
     for step, score in (("000000", 0.1), ("000600", 0.7)):
         (tmp_path / "model" / "tasks" / f"step-{step}.json").write_text(json.dumps({"edit@x:y": {"right": score}}))
@@ -252,17 +247,17 @@ def test_checkpoints_are_scored_without_training_and_files_of_training_are_read(
         "evaluations": ["before: tasks/step-000000.json", "after: tasks/step-*.json"],
         "comparisons": ["edit@x:y.right: given/after > given/before"],
     }
-    assert reproduce.main(write(tmp_path, given)) == "holds"
+    assert reproduce.main(write_recipe(given)) == "holds"
     assert not scripts.run
     with pytest.raises(ValueError, match="takes no words of training"):
-        reproduce.main(write(tmp_path, {**given, "common": "--noise_cap none"}))
+        reproduce.main(write_recipe({**given, "common": "--noise_cap none"}))
 
 
-def test_what_must_be_there_first_is_made_once(tmp_path, fields, scripts):
+def test_what_must_be_there_first_is_made_once(tmp_path, fields, scripts, write_recipe):
     there = tmp_path / "there"
     there.touch()
     wanted = [f"{there}: encode_images.py --a", f"{tmp_path / 'missing'}: train_clip.py --b 'c d'"]
-    reproduce.main(write(tmp_path, {**fields, "prepare": wanted}))
+    reproduce.main(write_recipe({**fields, "prepare": wanted}))
     assert scripts.run[0] == ["train_clip.py", "--b", "c d"] and "encode_images.py" not in scripts.names()
 
 
@@ -280,9 +275,9 @@ def test_what_must_be_there_first_is_made_once(tmp_path, fields, scripts):
         ({"comparisons": ["drawn.wrong: wide > plain"]}, "has no score 'drawn.wrong'"),
     ],
 )
-def test_a_grid_that_says_nothing_is_refused(tmp_path, fields, scripts, change, match):
+def test_a_grid_that_says_nothing_is_refused(tmp_path, fields, scripts, change, match, write_recipe):
     with pytest.raises(ValueError, match=match):
-        reproduce.main(write(tmp_path, {**fields, **change}))
+        reproduce.main(write_recipe({**fields, **change}))
 
 
 def rows(**values: list[float]) -> list[dict[str, object]]:

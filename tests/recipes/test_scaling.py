@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 import grid
 import scaling
@@ -57,14 +56,8 @@ def fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
     }
 
 
-def write(tmp_path: Path, fields: dict[str, object]) -> list[str]:
-    path = tmp_path / "tried.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    return ["--config", str(path)]
-
-
-def test_a_grid_of_sizes_and_budgets_finds_the_law_and_the_parity_ratio(tmp_path, fields):
-    laws = scaling.main(write(tmp_path, fields))["1 - right"]
+def test_a_grid_of_sizes_and_budgets_finds_the_law_and_the_parity_ratio(tmp_path, fields, write_recipe):
+    laws = scaling.main(write_recipe(fields))["1 - right"]
     assert laws["patches"].exponent == pytest.approx(-0.3, abs=0.01) == laws["codes"].exponent
     rows = grid.read_rows(tmp_path / "results" / "tried.jsonl")
     assert len(rows) == 2 * 2 * 2 * 3
@@ -76,26 +69,26 @@ def test_a_grid_of_sizes_and_budgets_finds_the_law_and_the_parity_ratio(tmp_path
     assert (tmp_path / "results" / "tried-0.png").exists() and "tried-0.png" in page
 
 
-def test_the_axis_may_be_counted_flops(tmp_path, fields):
-    laws = scaling.main(write(tmp_path, {**fields, "flops": "counted_flops"}))["1 - right"]
+def test_the_axis_may_be_counted_flops(tmp_path, fields, write_recipe):
+    laws = scaling.main(write_recipe({**fields, "flops": "counted_flops"}))["1 - right"]
     assert laws["codes"].flops_range == pytest.approx((500, 20_000))
 
 
-def test_runs_beyond_the_bounds_are_left_out_and_counted(tmp_path, fields):
-    laws = scaling.main(write(tmp_path, {**fields, "bounds": ["1 - right <= 0.2"]}))["1 - right"]
+def test_runs_beyond_the_bounds_are_left_out_and_counted(tmp_path, fields, write_recipe):
+    laws = scaling.main(write_recipe({**fields, "bounds": ["1 - right <= 0.2"]}))["1 - right"]
     assert laws["codes"].flops_range[0] > 100
     page = (tmp_path / "results" / "tried.md").read_text()
     assert "3 runs left out" in page
 
 
-def test_a_quick_look_has_too_few_runs_for_a_line(tmp_path, fields):
-    assert scaling.main([*write(tmp_path, fields), "--quick"]) == {"1 - right": {}}
+def test_a_quick_look_has_too_few_runs_for_a_line(tmp_path, fields, write_recipe):
+    assert scaling.main([*write_recipe(fields), "--quick"]) == {"1 - right": {}}
     assert "too few runs for a line" in (tmp_path / "runs" / "quick" / "tried.md").read_text()
 
 
-def test_a_baseline_that_is_no_family_is_refused(tmp_path, fields):
+def test_a_baseline_that_is_no_family_is_refused(tmp_path, fields, write_recipe):
     with pytest.raises(ValueError, match=r"`baseline`='vq' is none of the families \['codes', 'patches'\]"):
-        scaling.main(write(tmp_path, {**fields, "baseline": "vq"}))
+        scaling.main(write_recipe({**fields, "baseline": "vq"}))
 
 
 def test_bounds_are_the_papers_unless_given():

@@ -50,7 +50,8 @@ def read_manifest(name: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file so that it is there whole or not at all."""
+    """Writes a JSON file, and folders for it, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
     draft.replace(path)

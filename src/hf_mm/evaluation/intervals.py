@@ -34,8 +34,7 @@ def bootstrap_interval(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 10.2 and 13.3.
     """
     _check_interval(num_samples, confidence, num_resamples)
-    rng = np.random.default_rng(seed)
-    draws = np.array([statistic(rng.integers(num_samples, size=num_samples)) for _ in range(num_resamples)])
+    draws = _resample(statistic, num_samples, num_resamples, seed)
     shift = statistic(np.arange(num_samples)) - draws.mean()
     low, high = np.quantile(draws + shift, _tails(confidence))
     return float(low), float(high)
@@ -70,10 +69,15 @@ def mean_interval(
     """
     scores = np.asarray(values, dtype=np.float64)
     _check_interval(len(scores), confidence, num_resamples)
-    rng = np.random.default_rng(seed)
-    means = [scores[rng.integers(len(scores), size=len(scores))].mean() for _ in range(num_resamples)]
+    means = _resample(lambda index: scores[index].mean(), len(scores), num_resamples, seed)
     low, high = np.quantile(means, _tails(confidence))
     return float(low), float(high)
+
+
+def _resample(statistic: Callable[[np.ndarray], float], num_samples: int, num_resamples: int, seed: int) -> np.ndarray:
+    """Computes a statistic of samples drawn with replacement, `(num_resamples,)`."""
+    rng = np.random.default_rng(seed)
+    return np.array([statistic(rng.integers(num_samples, size=num_samples)) for _ in range(num_resamples)])
 
 
 def _check_interval(num_samples: int, confidence: float, num_resamples: int) -> None:
