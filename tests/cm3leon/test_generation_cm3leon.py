@@ -300,6 +300,18 @@ def test_a_guided_code_is_one_forward_of_all_streams(model):
     assert rows == [12] * 16 + [2] * 16 + [6] * 16
 
 
+def test_the_images_of_a_prompt_share_its_reading(model):
+    ids, mask = prompts(model, 2, 5)
+    read, sampling = [], CodeSampling(guidance_scale=2)
+    handle = model.model.embed_tokens.register_forward_hook(
+        lambda module, given, output: read.append(given[0].numel())
+    )
+    model.draw_images(ids, mask, sampling=sampling, num_images_per_prompt=3)
+    handle.remove()
+    length = ids.shape[1]
+    assert read == [4 * (length - 1)] + [12] * 16
+
+
 def test_static_and_dynamic_caches_draw_alike(model):
     ids, mask = prompts(model, 2, 5)
     for scale in (1.0, 2.5):

@@ -16,10 +16,11 @@ from typing import Any, TypeAlias
 import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import get_head_shapes
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from .guidance_cm3leon import GuidedGenerationMixin, stack_streams
+from .guidance_cm3leon import GuidedGenerationMixin, pad_left, stack_streams
 from .layout_cm3leon import places_in_image
 from .logits_cm3leon import (
     CodeSampling,
@@ -206,6 +207,9 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
         width = max([input_ids.shape[1], *(value.shape[-1] for value in streams.values())])
         longest = max(int(value.sum(-1).max()) for value in (mask, streams.get("negative_attention_mask", mask)))
         self._check_room(longest, width, len(input_ids), num_images_per_prompt, sampling, span)
+        input_ids, mask = pad_left(input_ids, mask, width)
+        if streams:
+            streams = dict(zip(streams, pad_left(*streams.values(), width), strict=True))
 
         num_prompts, num_rows = len(input_ids), len(input_ids) * num_images_per_prompt
         processors = sampling.processors(num_rows, num_images_per_prompt, input_ids.device)
@@ -215,7 +219,10 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
         if sampling.do_sample:
             noise = draw_noise(num_prompts, num_rows, span.tokens_per_image, generator, input_ids.device)
             processors.append(DrawTokenLogitsProcessor(noise, width))
-        input_ids, mask, *_ = (rows.repeat_interleave(num_images_per_prompt, 0) for rows in (input_ids, mask))
+        cache: dict[str, Any] = {"cache_implementation": cache_implementation}
+        if num_images_per_prompt > 1 and width > 1 and cache_implementation is None:
+            cache = {"past_key_values": self._read_prompts(input_ids, mask, num_images_per_prompt, **streams)}
+        input_ids, mask = (rows.repeat_interleave(num_images_per_prompt, 0) for rows in (input_ids, mask))
         streams = {name: rows.repeat_interleave(num_images_per_prompt, 0) for name, rows in streams.items()}
         codes_alone = CodesLogitsProcessor(span, processors)
         draw = self._generate_streams if streams else super().generate
@@ -233,10 +240,29 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
             num_return_sequences=1,
             min_new_tokens=0,
             guidance_scale=1.0,
-            cache_implementation=cache_implementation,
+            **cache,
         )
         codes_alone.refuse_unsound()
-        return sequences[:, input_ids.shape[1] :]
+        return sequences[:, width:]
+
+    def _read_prompts(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        num_images_per_prompt: int,
+        negative_input_ids: torch.Tensor | None = None,
+        negative_attention_mask: torch.Tensor | None = None,
+    ) -> Cache:
+        """Reads the prompts of all streams once for all their images, but for the last token, which draws."""
+        mask = attention_mask
+        if negative_attention_mask is not None:
+            mask = torch.cat([mask, negative_attention_mask.transpose(0, 1).flatten(0, 1)])
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        rows = stack_streams(input_ids, negative_input_ids)
+        read = {"attention_mask": mask[:, :-1], "position_ids": positions[:, :-1], "use_cache": True}
+        cache = self.base_model(rows[:, :-1], **read).past_key_values
+        cache.batch_repeat_interleave(num_images_per_prompt)
+        return cache
 
     @staticmethod
     def _open_images(
