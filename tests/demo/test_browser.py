@@ -57,6 +57,8 @@ def tab(address):
 def show(tab, name):
     """Keeps a picture of the page for the documentation, where asked to."""
     if folder := os.environ.get("DEMO_SCREENSHOTS"):
+        for note in tab.locator(".toast-close").all() if name != "error" else ():
+            note.click()
         tab.evaluate("window.scrollTo(0, 0)")
         tab.wait_for_timeout(1500)
         tab.screenshot(path=Path(folder) / f"demo_{name}.png")
