@@ -167,6 +167,8 @@ def serve(pipe: Any) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from hub_server import HubServer
 
+    os.dup2(os.open(Path(os.environ["HF_HOME"]).with_name("hub.log"), os.O_WRONLY | os.O_CREAT), 2)
+
     with HubServer() as server:
         pipe.send(server.environment(os.environ["HF_HOME"]))
         while pipe.recv() == "tell":

@@ -153,6 +153,15 @@ def test_a_damaged_checksum_costs_its_shard_and_a_damaged_manifest_is_named(tmp_
             use()
 
 
+def test_what_killed_processes_left_of_notes_is_removed_where_these_are_written_again(tmp_path: Path) -> None:
+    encode(pair_rows(), tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    for name in ("manifest.json", "shard-00001-of-00003.json"):
+        (tmp_path / name).rename(tmp_path / f"{name}.4711.tmp")
+    encode(pair_rows(), tmp_path)
+    assert sorted(tmp_path.iterdir()) == kept
+
+
 def test_a_full_disk_leaves_no_half_shard_and_the_same_call_goes_on(tmp_path: Path) -> None:
     whole = encode(pair_rows(), tmp_path / "whole")
     child = os.fork()  # a process of its own: what wrote to the full disk is left open by datasets

@@ -70,11 +70,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, and folders for it, so that it is there whole or not at all."""
+    """Writes a JSON file, and folders for it, so that it is there whole or not at all; many may write the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    draft.replace(path)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    while True:
+        draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        try:
+            draft.replace(path)
+        except FileNotFoundError:  # another process took it for one that was left
+            continue
+        return
 
 
 def shard_path(folder: Path, shard: int, num_shards: int) -> Path:
