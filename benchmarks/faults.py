@@ -18,6 +18,7 @@ publishing: the start of a process that loads the model without hf_mm, which wri
 
 import argparse
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -55,9 +56,9 @@ class Work:
 WORK = {
     "train": Work(
         "pretrain",
-        "--config_name ../inputs/model.json --num_scenes 23 --vocab_size 300 --max_steps 12 --save_steps 3 "
+        "--config_name ../inputs/model.json --num_scenes 23 --vocab_size 300 --max_steps 60 --save_steps 4 "
         "--per_device_train_batch_size 4 --learning_rate 0.01 --logging_steps 1 --mixed_precision no --report_to none "
-        "--num_samples 2 --sample_steps 4 --ema_decay 0.9 --output_dir run",
+        "--num_samples 2 --sample_steps 20 --ema_decay 0.9 --output_dir run",
     ),
     "encode": Work(
         "encode_images",
@@ -388,14 +389,14 @@ def main(argv: list[str] | None = None) -> int:
     counts = {kind: trial.count for kind, trial in trials.items()}
     if arguments.replay is not None:
         trials[arguments.kinds[0]].run(arguments.replay, arguments.kills_per_run, is_told=True)
-    number = 0
-    while arguments.replay is None and (
-        missing := arguments.kills - sum(count.num_kills for count in counts.values())
-    ):
-        kind = arguments.kinds[number % len(trials)]
+        arguments.kills = 0
+    for number in itertools.count():
+        missing = arguments.kills - sum(count.num_kills for count in counts.values())
+        if missing <= 0:
+            break
+        kind = min(arguments.kinds, key=lambda kind: counts[kind].num_kills)
         trials[kind].run(number, missing)
-        number += 1
-        print(f"{kind} {number}: {arguments.kills - missing} kills so far", file=sys.stderr, flush=True)
+        print(f"run {number}, {kind}: {counts[kind].num_kills} kills", file=sys.stderr, flush=True)
     print(f"{platform.platform()}, Python {platform.python_version()}, seed {arguments.seed}\n")
     print(report(counts, time.monotonic() - began))
     if arguments.output is not None:

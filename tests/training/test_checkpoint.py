@@ -168,6 +168,13 @@ def test_what_a_killed_launch_left_is_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_checkpoint_too_many_of_a_launch_killed_right_after_saving_is_removed(tmp_path: Path) -> None:
+    run_here(tmp_path, save_total_limit=None)
+    assert len(list_checkpoints(tmp_path)) == 3
+    run_here(tmp_path, save_total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-9"]
+
+
 @pytest.mark.parametrize("room", [1500, 3000, 9000])
 def test_a_full_disk_stops_the_run_and_costs_only_the_steps_since_the_last_checkpoint(
     room: int, tmp_path: Path

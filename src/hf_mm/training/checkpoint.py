@@ -193,6 +193,8 @@ class Checkpoints:
         self.progress.load_state_dict(state["progress"])
         self.parts.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self._load_ema(folder, state["ema_step"])
+        if self.accelerator.is_main_process:
+            self._prune()  # which a launch that was killed right after saving did not come to
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"Resumed from {folder}.")
         return step
