@@ -61,7 +61,7 @@ def test_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path: Path) -> No
     words = [f"--{name}={value}" for name, value in {**settings, "report_to": "none"}.items()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *words, "--dropout=0.3", "--kill_at_step=8"]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-3", "checkpoint-6"]
     assert max(losses(tmp_path / "cut")) == 8

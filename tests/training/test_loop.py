@@ -53,7 +53,7 @@ def launch(folder: Path, num_processes: int = 1, **fields: object) -> subprocess
     words = [f"--{name}={value}" for name, value in settings.items()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*python, str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*python, str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
