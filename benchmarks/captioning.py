@@ -3,8 +3,8 @@
 python benchmarks/captioning.py --output captioning.json
 
 Each model reads a picture of 144 image tokens and writes 32 tokens, the likeliest each time, as its users call it,
-from the pixels on; Janus and Transfusion take the picture as vectors, CM3Leon and Chameleon as codes. The floor of each
-is the products of its linear layers alone: the picture's, then all weights read once for each token of the caption.
+from the pixels on; Janus and Transfusion take the picture as vectors, CM3Leon and Chameleon as codes. The floor of
+each is the products of its linear layers alone: those of the picture, then all weights read once for each token.
 """
 
 import argparse
