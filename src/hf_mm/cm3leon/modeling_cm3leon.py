@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -37,6 +36,7 @@ from .layout_cm3leon import (
     running_positions,
     shift_labels,
 )
+from .losses_cm3leon import sum_in_pieces
 from .packing_cm3leon import attend_within_documents, find_documents
 from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
 
@@ -44,7 +44,7 @@ from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
 # Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
 INIT_CUTOFF = 3.0
 
-# Scores that the loss holds at a time, 64 MiB in float32; beyond these they are computed again in the backward pass.
+# Scores that the loss holds at a time, 64 MiB in float32.
 MAX_SCORES = 2**24
 
 
@@ -508,15 +508,9 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position instead
             index = (wanted != -100).nonzero().flatten()
             flat, wanted = flat[index], wanted[index]
-        pieces = [pair.split(max(1, MAX_SCORES // self.config.vocab_size)) for pair in (flat, wanted)]
-        if len(pieces[0]) > 1:
-            sums = [
-                checkpoint(self._sum_losses, *pair, use_reentrant=False, preserve_rng_state=False)
-                for pair in zip(*pieces, strict=True)
-            ]
-        else:
-            sums = [self._sum_losses(flat, wanted)]
-        total, image_total = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
+        num_positions = max(1, MAX_SCORES // self.config.vocab_size)
+        weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+        total, image_total = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
         if num_items is None:
             num_items = (wanted != -100).sum()
         if num_image_items is None:
