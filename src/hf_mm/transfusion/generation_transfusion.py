@@ -368,9 +368,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         shape = self._latent_shape(len(attention_mask), height, width)
         self._check_drawing(scales, textless is not None, num_steps, scheduler, latents, shape, generator)
         device = attention_mask.device
-        set_timesteps(
-            scheduler, num_steps, torch.device("cpu")
-        )  # it asks for their values, and no step may wait for that
+        set_timesteps(scheduler, num_steps, torch.device("cpu"))  # it asks for their values, and no step may wait
         is_flow = self.config.prediction_type == "flow_prediction"
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)

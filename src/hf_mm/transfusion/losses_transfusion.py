@@ -35,7 +35,7 @@ class SumOfPieces(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
                 found = sum_losses(leaf, wanted)
-                grads = torch.autograd.grad(found[0], [leaf, *weights])
+                grads = torch.autograd.grad(found[0], [leaf, *weights], materialize_grads=True)
             sums.append([value.detach() for value in found])
             hidden_grads.append(grads[0])
             for total, grad in zip(weight_grads, grads[1:], strict=True):
