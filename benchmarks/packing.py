@@ -43,6 +43,7 @@ Batch = dict[str, torch.Tensor]
 NUM_DOCUMENTS = (1, 2, 4, 8, 16, 32)
 UNIT = 32  # tokens of the shortest document: text, and an image of 16 patches or codes
 SIDE = 4  # patches along each side of an image
+MIN_POSITIONS = 256  # the least that a CM3Leon with pictures of 144 codes takes
 TARGETS = {"flat": 1.1, "emu3": 1.3}
 
 
@@ -129,7 +130,7 @@ def refuse_leaks(name: str, model: nn.Module, batch: Batch) -> None:
 def measure_flatness(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times windows of more and more documents."""
     length = arguments.window_length
-    sizes = arguments.hidden_size, arguments.num_layers, length
+    sizes = arguments.hidden_size, arguments.num_layers, max(length, MIN_POSITIONS)
     families: dict[str, tuple[nn.Module, Callable[[int, int], Batch]]] = {
         "cm3leon": (build_cm3leon(*sizes), code_window),
         "transfusion": (build_transfusion(*sizes, side=SIDE), image_window),
@@ -164,7 +165,7 @@ def measure_codes(arguments: argparse.Namespace) -> dict[str, Any]:
     packed, padded = (
         collate_documents(documents, pad_token_id=PAD, window_length=window) for window in (length, None)
     )
-    sizes = arguments.hidden_size, arguments.num_layers, length
+    sizes = arguments.hidden_size, arguments.num_layers, max(length, MIN_POSITIONS)
     models: dict[str, nn.Module] = {"cm3leon": build_cm3leon(*sizes).train(), "emu3": build_emu3(*sizes).train()}
     deeds: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
