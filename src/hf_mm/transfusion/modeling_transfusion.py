@@ -34,9 +34,14 @@ from .layout_transfusion import (
     image_block_ids,
     refuse_leaky_packing,
 )
+from .losses_transfusion import sum_in_pieces
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
 from .patching_transfusion import UNetPatchIn, build_patch_layers
 from .places_transfusion import PlaceRotaryEmbedding, add_places
+
+
+# Scores that the text loss holds at a time, 64 MiB in float32.
+MAX_SCORES = 2**24
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -437,12 +442,18 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
     def _text_loss(
         self, hidden: torch.Tensor, targets: torch.Tensor, index: torch.Tensor | None, num_items: Any
     ) -> torch.Tensor:
-        """Cross-entropy at the positions of `index`, the only ones whose logits are computed."""
+        """Cross-entropy at the positions of `index`, the only ones whose scores are computed, and not all at once."""
         flat, wanted = hidden.flatten(0, 1), targets.flatten()
         if index is not None:
             flat, wanted = flat[index], wanted[index]
-        total = F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=-100, reduction="sum")
+        num_positions = max(1, MAX_SCORES // self.config.text_config.vocab_size)
+        weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+        (total,) = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
         return total / ((wanted != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+    def _sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:
+        """Sums the cross-entropy of positions `(number, D)`."""
+        return (F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="sum"),)
 
     def _predict_images(self, hidden: torch.Tensor, images: ImageStates, shape: torch.Size) -> torch.Tensor:
         """Turns the hidden states of the patches into predictions, padded like the latents of `shape`."""
