@@ -56,6 +56,8 @@ Examples:
   hf-mm info
   hf-mm info me/my-transfusion
   hf-mm info runs/cm3leon_tiny_sft --json
+  hf-mm info recipes/configs/transfusion_7b_pretrain.yaml --plan --num-gpus 256 --token-budget 2e12
+  hf-mm info recipes/configs/models/cm3leon_760m.json --plan --micro-batch-size 4 --gradient-checkpointing --json
 """
 TRAIN_EXAMPLES = """\b
 Examples:
@@ -297,21 +299,65 @@ def chat(
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help=MODEL_HELP),
+        typer.Argument(metavar="[MODEL]", help=f"{MODEL_HELP} With --plan also a recipe or a model's JSON file."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Work out memory, time and data of training it instead.")
+    ] = False,
+    num_gpus: Annotated[int | None, typer.Option(help="Of a plan. Default: 8.")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Windows in one forward pass on one GPU. Default: 1.")
+    ] = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window. Default: the recipe's, else the model's positions.")
+    ] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or no. Default: the recipe's, else bf16.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Compute layers again. Default: the recipe's, else no.")
+    ] = None,
+    sharding: Annotated[
+        str | None, typer.Option(help="fsdp2, or ddp for whole weights on every GPU. Default: fsdp2.")
+    ] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Of all GPUs. Default: one micro-batch of each.")] = None,
+    token_budget: Annotated[float | None, typer.Option(help="Tokens and patches of the whole run.")] = None,
+    utilisation: Annotated[float | None, typer.Option(help="Share of the peak that is reached. Default: 0.5.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of a GPU. Default: 989, an H100 in bf16.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="Of a GPU. Default: 80.")] = None,
+    storage_gb_per_second: Annotated[
+        float | None, typer.Option(help="At which all GPUs together write a checkpoint. Default: 10.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell the sizes, tasks and memory need of a checkpoint, without loading its weights."""
+    """Tell the sizes, tasks and memory need of a checkpoint, without loading its weights, or plan its training."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "plan", "as_json")}
+    options = {name: value for name, value in options.items() if value is not None}
     with one_line_errors():
         from .checkpoint_info import describe_checkpoint, spell_checkpoint
         from .loading import find_checkpoint, missing_model
 
         name = find_checkpoint(model)
         try:
-            facts = describe_checkpoint(name)
+            if plan:
+                facts, spell = make_plan(name, options)
+            elif options:
+                raise ValueError(
+                    f"--{next(iter(options)).replace('_', '-')} is of a plan. Add --plan, or leave it out."
+                )
+            else:
+                facts, spell = describe_checkpoint(name), spell_checkpoint
         except OSError as error:
             raise missing_model(f"MODEL {name}", name, error) from error
-        typer.echo(json.dumps(facts) if as_json else spell_checkpoint(facts))
+        typer.echo(json.dumps(facts) if as_json else spell(facts))
+
+
+def make_plan(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., str]]:
+    """Plans the training of a recipe, a model's file or a checkpoint; returns the facts and what spells them."""
+    from .evaluation.scaling import count_flops
+    from .training_plan import PlanArguments, open_plan, plan_training, spell_plan
+
+    return plan_training(open_plan(name), PlanArguments(**options), count_flops), spell_plan
 
 
 @app.command(epilog=TRAIN_EXAMPLES)
