@@ -35,6 +35,7 @@ from .recipe import TrainingRecipe
 
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "training_state.pt"
+DATA_NAME = "data_{}.json"  # of each process
 # Fields that may change between launches: they move no weight. Batch and accumulation are compared as one product.
 FREE_FIELDS = frozenset(
     "output_dir per_device_train_batch_size gradient_accumulation_steps logging_steps save_steps save_total_limit "
@@ -90,6 +91,8 @@ class Checkpoints:
         recipe (`TrainingRecipe`): The run.
         identity (`Mapping[str, Any]`, *optional*): Further fields that decide what is trained on what, such as
             `asdict(model_recipe) | asdict(data_recipe)`. A checkpoint with other values is refused.
+        data (`Any`, *optional*): What knows where this process's data stands, by `state_dict` in JSON types and
+            `load_state_dict`; none where that follows from the step.
 
     """
 
@@ -100,8 +103,10 @@ class Checkpoints:
         progress: TrainingProgress,
         recipe: TrainingRecipe,
         identity: Mapping[str, Any] | None = None,
+        data: Any = None,
     ) -> None:
         """Keeps the parts; touches no file."""
+        self.data = data
         self.accelerator, self.parts, self.progress, self.recipe = accelerator, parts, progress, recipe
         self.output_dir = Path(recipe.output_dir)
         rows_per_step = (
@@ -138,6 +143,9 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(partial))
             self._save_ema(partial)
+            if self.data is not None:
+                path = partial / DATA_NAME.format(self.accelerator.process_index)
+                path.write_text(json.dumps(self.data.state_dict()), encoding="utf-8")
             if self.accelerator.is_main_process:
                 self._save_state(partial)
             self.accelerator.wait_for_everyone()  # every process has written its files
@@ -193,6 +201,9 @@ class Checkpoints:
         self.progress.load_state_dict(state["progress"])
         self.parts.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self._load_ema(folder, state["ema_step"])
+        if self.data is not None:
+            path = folder / DATA_NAME.format(min(self.accelerator.process_index, _count_data(folder) - 1))
+            self.data.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
         if self.accelerator.is_main_process:
             self._prune()  # which a launch that was killed right after saving did not come to
         self.accelerator.wait_for_everyone()
@@ -311,6 +322,10 @@ class Checkpoints:
             doomed = folder.with_name(folder.name + ".tmp")  # a crash while deleting must not leave half a checkpoint
             folder.rename(doomed)
             shutil.rmtree(doomed)
+
+
+def _count_data(folder: Path) -> int:
+    return len(list(folder.glob(DATA_NAME.format("*"))))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
