@@ -45,7 +45,7 @@ KINDS = {
     "images": ImageInputs,
     "checkpoints": CheckpointInputs,
 }
-MAX_SECONDS = 20.0
+MAX_SECONDS = 10.0  # of the processor
 NUM_SHOWN = 5
 
 
@@ -79,7 +79,7 @@ class Report:
             "kind": self.kind,
             "seed": self.seed,
             "inputs": self.outcomes.total(),
-            **{name: self.outcomes[name] for name in ("taken", "refused", "finding")},
+            **{name: self.outcomes[name] for name in ("taken", "refused", "outside", "finding")},
             "seconds": round(self.seconds, 1),
             "slowest": {"seconds": round(self.slowest[0], 2), "index": self.slowest[1]},
             "peak_mib": round(memory),
@@ -92,6 +92,7 @@ class Report:
         facts = self.to_dict()
         lines = [
             f"{self.kind}: {facts['inputs']} inputs, {facts['taken']} taken, {facts['refused']} refused, "
+            f"{facts['outside']} refused by libraries before, "
             f"{facts['finding']} findings at {len(self.findings)} places; {facts['seconds']} s, slowest "
             f"{facts['slowest']['seconds']} s, peak {facts['peak_mib']} MiB"
         ]

@@ -9,12 +9,12 @@ from random import Random
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 import hf_mm
 from hf_mm.checkpoint_info import describe_checkpoint
+from hf_mm.loading import load_pipeline
 
 from .models import save_pipelines
 from .values import damage, mutate, odd_value, places_of
@@ -25,7 +25,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "AutoModel": AutoModel.from_pretrained,
     "AutoConfig": AutoConfig.from_pretrained,
     "AutoProcessor": AutoProcessor.from_pretrained,
-    "DiffusionPipeline": DiffusionPipeline.from_pretrained,
+    "load_pipeline": lambda folder: load_pipeline(str(folder), trust_remote_code=False),
     "describe_checkpoint": lambda folder: describe_checkpoint(str(folder)),
 }
 OWN_DOORS: dict[str, Callable[[Path], Any]] = {

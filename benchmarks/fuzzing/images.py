@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_mm import CM3LeonImageProcessor, TransfusionImageProcessor
 from hf_mm.data.formats import open_image
 
 from .models import build_pipelines
@@ -78,11 +79,11 @@ def draw_array(rng: Random) -> np.ndarray:
     if len(shape) == 3 and rng.random() < 0.8:
         shape = (*shape[:2], rng.choice((1, 3, 3, 3, 4, 2, 5))) if rng.random() < 0.7 else (3, *shape[:2])
     dtype = rng.choice(DTYPES)
-    noise = np.random.default_rng(rng.randrange(2**32)).random(shape) * rng.choice((1, 2, 255, 1e6))
+    noise = np.asarray(np.random.default_rng(rng.randrange(2**32)).random(shape) * rng.choice((1, 2, 255, 1e6)))
     if dtype.startswith("float") and noise.size and rng.random() < 0.4:
         noise.flat[rng.randrange(noise.size)] = rng.choice((np.nan, np.inf, -np.inf, -3.0, 1e30))
     with np.errstate(all="ignore"):
-        return noise.astype(dtype)
+        return np.asarray(noise, dtype=dtype)
 
 
 def draw_image(rng: Random, folder: Path) -> Any:
@@ -125,6 +126,9 @@ class ImageInputs:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pipelines = folder, build_pipelines()
+        self.processors = {name: [pipe.processor.image_processor] for name, pipe in self.pipelines.items()}
+        self.processors["transfusion"].append(TransfusionImageProcessor())  # at 256 px, as models of size have it
+        self.processors["cm3leon"].append(CM3LeonImageProcessor())
 
     def draw(self, rng: Random) -> tuple[str, Callable[[], Any], str]:
         """Returns the name of a door, a call of it, and the input as text."""
@@ -138,7 +142,8 @@ class ImageInputs:
         elif kind < 0.75:
             images = [image, draw_picture(rng)] if rng.random() < 0.2 else image
             options = rng.choice(({}, {}, {"do_resize": False}, {"do_resize": False, "do_center_crop": False}))
-            return door, lambda: self._prepare(pipeline, images, options), show_image(images)
+            processor = self.processors[family][rng.random() < 0.2]
+            return door, lambda: self._prepare(processor, images, options), show_image(images)
         elif kind < 0.85:
             text = rng.choice(("<image>a", None, odd_text(rng, 50)))
             door = f"{family} processor"
@@ -150,8 +155,9 @@ class ImageInputs:
             door, call = f"{family} drawing", lambda: pipeline("a red star", image=image, **options)
         return door, call, show_image(image)
 
-    def _prepare(self, pipeline: Any, images: Any, options: dict[str, Any]) -> None:
+    @staticmethod
+    def _prepare(processor: Any, images: Any, options: dict[str, Any]) -> None:
         """Prepares pictures, and looks at whether what comes out is what a model reads."""
-        pixels = pipeline.processor.image_processor(images, return_tensors="pt", **options)["pixel_values"]
+        pixels = processor(images, return_tensors="pt", **options)["pixel_values"]
         if pixels.ndim != 4 or pixels.shape[1] != 3 or not bool(torch.isfinite(pixels).all()):
             raise AssertionError(f"prepared pictures of shape {tuple(pixels.shape)}, or with numbers that are none")

@@ -40,14 +40,14 @@ WORDS = (
     "7B", "350M", "cm3leon", "llama", "transfusion", "edit@icon_scenes:shapes", "vqa", "@", "chat@",
     "train[:10%]", "icon_scenes:shapes", "/dev/null", "(", "(?P<a", "name: words", ": ", "a: b > c", "steps=1",
 )  # fmt: skip
-BOMB = "a: &a [x, x]\n" + "".join(
-    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
-)
+# A list of lists of lists that are the same: small as a file, and without end as text.
+BOMB = "[&a [x, x], " + ", ".join(f"&{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 9)}]" for n in range(9)) + "]"
 FILES = (
     "", "null", "[]", "3", "text", "a: b: c", "\tx: 1", "x: 1\nx: 2", "? [1, 2]\n: 3", "1: 2\nnull: 3\ntrue: 1",
     "!!python/object/apply:os.system ['true']", "&a [*a]", "x: &a {y: *a}", "x: 2020-13-45", "x: 0o9",
-    "%YAML 9.9", "---\na: 1\n---\nb: 2", "learning_rate: &a [*a]", "[" * 3000, "{a: " * 3000,
-    "seed: " + "9" * 5000, "max_steps: 1e400", "learning_rate: .nan", "learning_rate: 1:30", BOMB,
+    "%YAML 9.9", "---\na: 1\n---\nb: 2", "learning_rate: &a [*a]", "[" * 900, "{a: " * 900,
+    "seed: " + "9" * 5000, "max_steps: 1e400", "learning_rate: .nan", "learning_rate: 1:30", f"x: {BOMB}",
+    f"report_to: {BOMB}", f"seed: {BOMB}", BOMB,
 )  # fmt: skip
 
 

@@ -182,7 +182,7 @@ class RowInputs:
             if family == "transfusion":
                 documents = NoisedDocuments(
                     rows, processor=processor, image_size=8, latent_shape=(3, 8, 8), arguments=DocumentArguments(),
-                    sample_timesteps=self.pipelines[family].model.sample_timesteps, **fields
+                    sample_timesteps=self.pipelines[family].model.timestep_sampler(), **fields
                 )  # fmt: skip
             else:
                 config = self.pipelines[family].model.config
@@ -199,6 +199,7 @@ class RowInputs:
     def _retrieval(self, rng: Random) -> tuple[str, Callable[[], Any], Any]:
         kind = rng.random()
         row = self._row(rng.choice(("pair", "document")), rng)
+        row = row if isinstance(row, dict) else {"keywords": row}
         if kind < 0.4:
             row |= {"codes": [1, 2]} if rng.random() < 0.2 else {}
             return "as_document", lambda: as_document(row), row

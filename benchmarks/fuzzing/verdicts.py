@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -37,10 +37,11 @@ class Verdict:
     """What came of an input.
 
     Args:
-        outcome (`str`): `"taken"`, `"refused"` or `"finding"`.
+        outcome (`str`): `"taken"`, `"refused"`, `"finding"`, or `"outside"`: what a library's own door made of it,
+            such as an `AutoProcessor`, before this package was asked.
         door (`str`): What the input was given to.
         shown (`str`): The input, cut.
-        seconds (`float`): How long it took.
+        seconds (`float`): Processor time that it took.
         error (`str`): Type and message of the error, cut.
         place (`str`): Line that raised it, and the last of this repository on the way there.
         trace (`str`): The whole traceback.
@@ -57,18 +58,18 @@ class Verdict:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises [`InputTimeout`] where the body takes longer."""
+    """Raises [`InputTimeout`] where the body takes more of the processor's time, whatever else the machine does."""
 
     def stop(*_: Any) -> None:
         raise InputTimeout(f"no end after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def limit_memory(gib: float) -> None:
@@ -92,6 +93,13 @@ def is_documented(error: BaseException) -> bool:
     return is_written and (file.startswith(OWN) or any(library in file for library in LIBRARIES))
 
 
+def reaches_package(error: BaseException) -> bool:
+    """Tells whether an error came through this repository, or a hang or a fault of the fuzzer did."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    in_library = any(library in files[-1] for library in LIBRARIES)
+    return not in_library or any(file.startswith(OWN) for file in files)
+
+
 def describe_place(error: BaseException) -> str:
     """Names the line that raised an error, and the last line of this repository on the way there."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
@@ -112,7 +120,7 @@ def run_input(
         max_seconds (`float`): Beyond this it hangs.
         max_growth_mib (`float`): By how much more it may raise the most memory that the process ever had.
     """
-    start, before = perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -123,9 +131,9 @@ def run_input(
     except BaseException as error:
         message = f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()[:500]
         trace = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace").decode()
-        outcome = "refused" if is_documented(error) else "finding"
-        return Verdict(outcome, door, shown, perf_counter() - start, message, describe_place(error), trace)
+        outcome = "refused" if is_documented(error) else "finding" if reaches_package(error) else "outside"
+        return Verdict(outcome, door, shown, process_time() - start, message, describe_place(error), trace)
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / KIB
     if growth > max_growth_mib:
-        return Verdict("finding", door, shown, perf_counter() - start, f"memory: {growth:.0f} MiB more", door)
-    return Verdict("taken", door, shown, perf_counter() - start)
+        return Verdict("finding", door, shown, process_time() - start, f"memory: {growth:.0f} MiB more", door)
+    return Verdict("taken", door, shown, process_time() - start)

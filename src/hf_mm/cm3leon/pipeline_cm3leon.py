@@ -9,6 +9,7 @@ leaf files only, so that it can travel to a Hub repo.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .infilling_cm3leon import InfillingMixin
 from .logits_cm3leon import CodeSampling
 from .retrieval_cm3leon import DocumentRetriever, RetrievalMixin
-from .writing_cm3leon import WritingMixin
+from .writing_cm3leon import WritingMixin, check_generator, check_numbers
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -236,6 +237,10 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
             ValueError: If an argument is out of range, the prompt or its documents leave no room for the picture,
                 or memory does not hold so many candidates.
         """
+        sides = {"height": height, "width": width, "num_images_per_prompt": num_images_per_prompt}
+        counts = {"num_candidates": num_candidates, "num_retrieved": num_retrieved}
+        check_numbers({**sides, **counts}, Integral, "a whole number")
+        check_generator(generator)
         num_candidates = num_images_per_prompt if num_candidates is None else num_candidates
         self.check_inputs(
             prompt, image, height, width, num_images_per_prompt, num_candidates, output_type,
