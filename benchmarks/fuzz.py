@@ -8,12 +8,15 @@ An input is a function of its kind, the seed and its index alone. The command en
 
 import argparse
 import json
+import logging
 import os
 import resource
 import sys
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -58,7 +61,7 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     doors: dict[str, Counter[str]] = field(default_factory=dict)
     findings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the processor
     slowest: tuple[float, int] = (0.0, -1)
 
     def add(self, index: int, verdict: Verdict) -> None:
@@ -93,8 +96,8 @@ class Report:
         lines = [
             f"{self.kind}: {facts['inputs']} inputs, {facts['taken']} taken, {facts['refused']} refused, "
             f"{facts['outside']} refused by libraries before, "
-            f"{facts['finding']} findings at {len(self.findings)} places; {facts['seconds']} s, slowest "
-            f"{facts['slowest']['seconds']} s, peak {facts['peak_mib']} MiB"
+            f"{facts['finding']} findings at {len(self.findings)} places; {facts['seconds']} s of the processor, "
+            f"slowest {facts['slowest']['seconds']} s, peak {facts['peak_mib']} MiB"
         ]
         for name, found in sorted(self.findings.items(), key=lambda item: -len(item[1]["indices"])):
             lines.append(f"  {len(found['indices'])} x {name} [{found['door']}]")
@@ -107,7 +110,9 @@ def run_one(inputs: Any, kind: str, seed: int, index: int) -> Verdict:
     rng = Random(f"{kind} {seed} {index}")
     torch.manual_seed(index)
     try:
-        door, call, shown = inputs.draw(rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            door, call, shown = inputs.draw(rng)
     except Exception as error:  # a fault of this tool, to be seen like any other
 
         def fail(error: Exception = error) -> None:
@@ -126,25 +131,34 @@ def fuzz(kind: str, indices: Sequence[int], seed: int = 0) -> Report:
         seed (`int`, defaults to 0): Of all of them.
     """
     report = Report(kind, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         inputs = KINDS[kind](Path(folder))
         for index in indices:
             report.add(index, run_one(inputs, kind, seed, index))
     return report
 
 
-def be_quiet() -> None:
-    """Switches off what the libraries print about inputs that they refuse."""
-    for library in (transformers, diffusers, datasets):
-        library.utils.logging.set_verbosity(library.logging.CRITICAL)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Switches off what the libraries print about inputs that they refuse, and the cache of prepared rows."""
+    libraries = (transformers, diffusers, datasets)
+    levels = [library.utils.logging.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.utils.logging.set_verbosity(logging.CRITICAL)
         library.utils.logging.disable_progress_bar()
     datasets.disable_caching()
-    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.utils.logging.set_verbosity(level)
+            library.utils.logging.enable_progress_bar()
+        datasets.enable_caching()
 
 
 def show_one(kind: str, seed: int, index: int) -> int:
     """Runs one input again and prints it with its traceback."""
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         verdict = run_one(KINDS[kind](Path(folder)), kind, seed, index)
     print(f"{kind} {index}: {verdict.door}\n{verdict.shown}\n{verdict.outcome} {verdict.error}\n{verdict.trace}")
     return int(verdict.outcome == "finding")
@@ -161,7 +175,7 @@ def main() -> int:
     parser.add_argument("--memory_gib", type=float, default=8.0, help="An input that needs more fails.")
     parser.add_argument("--output", type=Path, help="JSON file of the reports.")
     arguments = parser.parse_args()
-    be_quiet()
+    torch.set_num_threads(1)
     if arguments.index is not None:
         return max(show_one(kind, arguments.seed, arguments.index) for kind in arguments.kinds)
     limit_memory(arguments.memory_gib)

@@ -341,8 +341,12 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
         return [*self.processor.encode_document(parts)["input_ids"][:-1], self.processor.tokenizer.break_token_id]
 
     def _read_codes(self, images: list[Image.Image]) -> list[list[int]]:
-        """Codes of pictures, from 0."""
+        """Codes of pictures, from 0; refuses what is several at once, such as an array of four axes."""
         pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        if len(pixel_values) != len(images):
+            raise ValueError(
+                f"`image` holds {len(pixel_values)} pictures in {len(images)} entries; give each its own."
+            )
         ids = self.model.encode_images(pixel_values.to(self._execution_device))
         return (ids - self.model.config.first_image_token_id).tolist()
 

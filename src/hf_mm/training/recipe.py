@@ -20,6 +20,10 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, p
 from transformers import HfArgumentParser
 
 
+SHORTENED = reprlib.Repr()  # a list of lists that are the same is small as YAML, and may be without end as text
+SHORTENED.maxlevel = 2
+
+
 def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Reads the fields of several dataclasses from a flat YAML file and the command line.
 
@@ -131,12 +135,12 @@ def _convert(value: Any, action: argparse.Action, *, where: str) -> Any:
         return None
     is_list = action.nargs == "*"
     if isinstance(value, dict) or (isinstance(value, list) and not is_list):
-        raise ValueError(f"{where}: `{action.dest}`={reprlib.repr(value)} is nested. Write one plain value.")
+        raise ValueError(f"{where}: `{action.dest}`={SHORTENED.repr(value)} is nested. Write one plain value.")
     if is_list:
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, (dict, list)) for item in items):
             raise ValueError(
-                f"{where}: `{action.dest}`={reprlib.repr(value)} is nested. Write a list of plain values."
+                f"{where}: `{action.dest}`={SHORTENED.repr(value)} is nested. Write a list of plain values."
             )
         return [_convert_one(item, action, where) for item in items]
     return _convert_one(value, action, where)

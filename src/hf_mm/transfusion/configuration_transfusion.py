@@ -200,7 +200,7 @@ class TransfusionConfig(PreTrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(
-                f"A field of the configuration is of the wrong type ({type(error).__name__}: {error}): {config_dict!r}."
+                f"The configuration has a field of the wrong type ({type(error).__name__}: {error}): {config_dict!r}."
             ) from error
 
     @property
