@@ -53,9 +53,11 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
             base = json.loads(adapter)["base_model_name_or_path"]
             raise ValueError(f"{name} is an adapter alone, on top of {base}. Ask for that.") from None
         raise ValueError(f"{name} has no weights in safetensors files: no model.safetensors nor its index.") from None
-    except SafetensorsParsingError as error:
+    except (SafetensorsParsingError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} has a damaged file of weights: {error}") from error
-    config = AutoConfig.from_pretrained(name)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{name} lacks a file of weights that its index names: {error}") from error
+    config = read_config(name)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {config.model_type}; described are {' and '.join(FAMILIES.values())}.")
     tensors = [tensor for file in metadata.files_metadata.values() for tensor in file.tensors.items()]
@@ -76,6 +78,14 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
             for dtype, width in DTYPE_BYTES.items()
         },
     }
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """Reads the configuration of a checkpoint; refuses one that is none."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{name} has a damaged config.json ({type(error).__name__}: {error}).") from error
 
 
 def read_text(name: str, file: str) -> str | None:

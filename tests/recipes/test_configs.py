@@ -164,3 +164,18 @@ def test_an_override_of_the_patch_size_changes_what_follows_from_it():
     tiny = ROOT / "recipes/configs/models/transfusion_tiny.json"
     config = load_config(ModelArguments(config_name=str(tiny), config_overrides="diffusion_loss_weight=3.0"))
     assert config.diffusion_loss_weight == 3.0 and config.patch_positions == "rotary" and config.image_size == 32
+
+
+@pytest.mark.parametrize("overrides", ["patch_size", "=", "a=b", "patch_size=4,", "patch_size=big", "vae_stride=2"])
+def test_overrides_that_change_nothing_are_refused_by_name(overrides):
+    with pytest.raises(ValueError, match="`config_overrides`"):
+        load_config(ModelArguments(preset="0.16B", config_overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "3", '{"model_type": ["cm3leon"]}', '{"model_type": "cm3leon", "dtype": ""}']
+)
+def test_a_file_that_holds_no_configuration_is_refused_by_name(tmp_path, text):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ValueError, match="mine.json|configuration"):
+        load_config(ModelArguments(config_name=str(tmp_path / "mine.json")))

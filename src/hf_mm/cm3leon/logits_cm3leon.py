@@ -9,6 +9,7 @@ decoder over text and image codes. None asks the device a question or loops over
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from transformers.generation import LogitsProcessor, LogitsProcessorList
@@ -457,6 +458,10 @@ class CodeSampling:
     amateur_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind, wanted = (Integral, "a whole number") if name.endswith("_k") else (Real, "a number")
+            if value is not None and name not in ("decoding", "do_sample") and not isinstance(value, kind):
+                raise ValueError(f"`{name}`={value!r} must be {wanted}.")
         for name in ("guidance_scale", "image_guidance_scale"):
             if not 1 <= (value := self.__dict__[name]) < math.inf:
                 raise ValueError(f"`{name}`={value} is below 1 or not finite. Use 1 to switch guidance off.")

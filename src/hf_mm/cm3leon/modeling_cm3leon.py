@@ -36,6 +36,7 @@ from .layout_cm3leon import (
     running_positions,
     shift_labels,
 )
+from .loading_cm3leon import refuse_damaged, refuse_unbuildable
 from .losses_cm3leon import sum_in_pieces
 from .packing_cm3leon import attend_within_documents, find_documents
 from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
@@ -168,6 +169,22 @@ class CM3LeonPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint as every model of transformers does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+            args: Those of the library.
+            kwargs: Likewise.
+
+        Raises:
+            OSError: If there is no such checkpoint, or its files are damaged or do not belong together.
+            ValueError: If it is of another family, or its configuration does not fit together.
+        """
+        with refuse_damaged(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normal weights; zeros where a layer writes to the residual stream; nearly nothing for positions.
 
@@ -218,7 +235,8 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         self.norm = build_norm(config)
         self.image_tokenizer = None
         if config.vq_config is not None:
-            self.image_tokenizer = VQModel.from_config(config.vq_config).requires_grad_(False).eval()
+            with refuse_unbuildable("vq_config"):
+                self.image_tokenizer = VQModel.from_config(config.vq_config).requires_grad_(False).eval()
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -34,6 +34,7 @@ from .layout_transfusion import (
     image_block_ids,
     refuse_leaky_packing,
 )
+from .loading_transfusion import refuse_damaged, refuse_unbuildable
 from .losses_transfusion import sum_in_pieces
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
 from .patching_transfusion import UNetPatchIn, build_patch_layers
@@ -61,6 +62,22 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint as every model of transformers does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+            args: Those of the library.
+            kwargs: Likewise.
+
+        Raises:
+            OSError: If there is no such checkpoint, or its files are damaged or do not belong together.
+            ValueError: If it is of another family, or its configuration does not fit together.
+        """
+        with refuse_damaged(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases, as in the backbone."""
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -87,13 +104,16 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        with refuse_unbuildable("text_config"):
+            self.language_model = AutoModel.from_config(config.text_config)
         if config.patch_positions == "rotary":
             self.language_model.rotary_emb = PlaceRotaryEmbedding(config, self.language_model.rotary_emb)
-        self.patch_in, self.patch_out = build_patch_layers(config)
+        with refuse_unbuildable("unet_block_out_channels"):
+            self.patch_in, self.patch_out = build_patch_layers(config)
         self.vae = None
         if config.vae_config is not None:
-            self.vae = AutoencoderKL.from_config(config.vae_config).requires_grad_(False).eval()
+            with refuse_unbuildable("vae_config"):
+                self.vae = AutoencoderKL.from_config(config.vae_config).requires_grad_(False).eval()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
