@@ -3,6 +3,7 @@
 Knows the files of `checkpoint.py`. Does not know what the model is.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ def load_consolidated(folder: str | Path, model: nn.Module) -> bool:
     folder = Path(folder)
     if (folder / SHARDS).is_dir():
         state = model.state_dict()
-        dcp.load({"model": state}, checkpoint_id=folder / SHARDS, no_dist=True)
+        with warnings.catch_warnings():  # it says that it reads in one process, as it is told to
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load({"model": state}, checkpoint_id=folder / SHARDS, no_dist=True)
         model.load_state_dict(state)
     elif (folder / WHOLE).is_file():
         load_model(model, folder / WHOLE)
