@@ -11,6 +11,7 @@ from transformers import AutoModelForMultimodalLM
 
 from fuzzing.models import build_pipelines
 from hf_mm.cm3leon import CM3LeonImageProcessor
+from hf_mm.data.caption_text import clean_words
 from hf_mm.data.formats import open_image
 from hf_mm.loading import load_pipeline
 from hf_mm.transfusion import TransfusionImageProcessor
@@ -225,3 +226,13 @@ def test_pictures_in_one_array_are_refused(pipe):
     for use in (lambda pictures: pipe("a", image=pictures), pipe.caption):
         with pytest.raises(ValueError, match="pictures|images"):
             use(np.zeros((3, 8, 8, 3), np.uint8))
+
+
+def test_a_whole_number_is_no_truth_value_and_a_large_one_no_overflow(pipelines):
+    with pytest.raises(ValueError, match="`num_images_per_prompt`=True"):
+        pipelines["cm3leon"]("a", num_images_per_prompt=True)
+    assert pipelines["cm3leon"]("a", guidance_scale=10**30).images[0].size == (8, 8)
+
+
+def test_missing_words_are_left_out_of_captions():
+    assert clean_words(["star", None, "kite"], []) == (["star", "kite"], set())

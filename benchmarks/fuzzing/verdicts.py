@@ -96,7 +96,7 @@ def is_documented(error: BaseException) -> bool:
 def reaches_package(error: BaseException) -> bool:
     """Tells whether an error came through this repository, or a hang or a fault of the fuzzer did."""
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    in_library = any(library in files[-1] for library in LIBRARIES)
+    in_library = any(library in file for library in LIBRARIES for file in files)
     return not in_library or any(file.startswith(OWN) for file in files)
 
 

@@ -40,7 +40,7 @@ def temper(scores: torch.Tensor, temperature: float) -> torch.Tensor:
 
     """
     scores = scores.float().clamp(max=FLOAT.max)
-    return (scores - scores.amax(-1, keepdim=True).clamp(min=FLOAT.min)) / max(temperature, FLOAT.tiny)
+    return (scores - scores.amax(-1, keepdim=True).clamp(min=FLOAT.min)) / max(float(temperature), FLOAT.tiny)
 
 
 def contrastive_top_k(
@@ -136,7 +136,7 @@ def guide_logits(streams: torch.Tensor, scales: Sequence[float]) -> torch.Tensor
     bounded = streams.clamp(-SCORE_LIMIT, SCORE_LIMIT)
     guided = bounded[-1]
     for scale, upper, lower in zip(scales, bounded[:-1], bounded[1:], strict=True):
-        guided = (guided + scale * (upper - lower)).clamp(FLOAT.min, FLOAT.max)
+        guided = (guided + float(scale) * (upper - lower)).clamp(FLOAT.min, FLOAT.max)
     return guided.masked_fill(streams[0] == -torch.inf, -torch.inf)
 
 

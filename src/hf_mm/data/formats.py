@@ -472,7 +472,7 @@ def iterate_captions(rows: Rows) -> Iterator[str]:
     """Yields every text, description, keyword list, category list and text part of the rows, reading no image."""
     present = [column for column in ("content", *TEXT_COLUMNS) if column in rows.column_names]
     for row in rows.select_columns(present):
-        yield from (part["text"] for part in row.pop("content", None) or () if part.get("text"))
+        yield from (part["text"] for part in row.pop("content", None) or () if part and part.get("text"))
         for value in row.values():
             if value:
                 yield value if isinstance(value, str) else ", ".join(value)

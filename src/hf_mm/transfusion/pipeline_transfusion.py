@@ -27,7 +27,7 @@ def check_numbers(names: Mapping[str, Any], kind: type, wanted: str) -> None:
         ValueError: Naming the argument and its value.
     """
     for name, value in names.items():
-        if value is not None and not isinstance(value, kind):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise ValueError(f"`{name}`={value!r} must be {wanted}.")
 
 
