@@ -1,12 +1,10 @@
-import json
-
 import pytest
 import torch
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 import export_checkpoint
 import hf_mm  # noqa: F401
-from hf_mm.training.checkpoint import list_checkpoints
+from hf_mm.training.checkpoint import _read_manifest, _seal, list_checkpoints
 
 
 def export(checkpoint, folder):
@@ -37,9 +35,9 @@ def test_what_is_no_checkpoint_of_a_model_is_refused(run, tmp_path):
     checkpoint = list_checkpoints(run("run", max_steps=1))[-1]
     with pytest.raises(ValueError, match="is the checkpoint itself"):
         export(checkpoint, checkpoint)
-    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest = _read_manifest(checkpoint)
     manifest["identity"]["lora_rank"] = 8
-    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    _seal(checkpoint, manifest)
     with pytest.raises(ValueError, match="holds adapters of rank 8"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -294,8 +294,8 @@ def check_image_tokenizer(field: str, config: dict[str, Any] | None) -> None:
             f"`{field}` has `block_out_channels`={widths!r}; it must be the channels of each level, a list."
         )
     layers = 1 if config is None else config.get("layers_per_block", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= MAX_LAYERS:
-        raise ValueError(f"`{field}` has `layers_per_block`={layers!r}; it must lie between 1 and {MAX_LAYERS}.")
+    if not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS:
+        raise ValueError(f"`{field}` has `layers_per_block`={layers!r}; it must lie between 0 and {MAX_LAYERS}.")
 
 
 def token_range(vocabulary: dict[str, int], spelling: str) -> tuple[int, int]:

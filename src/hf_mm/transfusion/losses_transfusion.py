@@ -34,7 +34,7 @@ class SumOfPieces(torch.autograd.Function):
         for piece, wanted in zip(hidden.split(num_positions), targets.split(num_positions), strict=True):
             with torch.enable_grad():
                 leaf = piece.detach().requires_grad_()
-                found = sum_losses(leaf, wanted)
+                found = sum_losses(leaf.view_as(leaf), wanted)  # hooks of modules may wait for no leaf
                 grads = torch.autograd.grad(found[0], [leaf, *weights], materialize_grads=True)
             sums.append([value.detach() for value in found])
             hidden_grads.append(grads[0])
