@@ -8,18 +8,16 @@ wall clock stands the processor time of all threads, which other programs on the
 """
 
 import argparse
-import json
-import platform
-import statistics
 import time
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 
 from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration
+from timing import Clock, benchmark_parser, count_parameters, describe, tell
 
 
 PROMPT_LENGTHS = (16, 256)
@@ -60,54 +58,46 @@ def step_times(
     ]
 
 
-def summarise(seconds: dict[int, list[float]]) -> dict[str, object]:
-    """Gives medians and fastest steps in milliseconds, and the ratio of the medians, longest to shortest prompt."""
-    medians = {length: statistics.median(values) for length, values in seconds.items()}
+def summarise(clock: Clock) -> dict[str, Any]:
+    """Gives medians and fastest steps in milliseconds, and the ratio of longest to shortest prompt."""
+    shortest, longest = map(str, (min(PROMPT_LENGTHS), max(PROMPT_LENGTHS)))
     return {
-        "milliseconds_per_step": {str(length): round(1000 * value, 3) for length, value in medians.items()},
-        "fastest_milliseconds": {str(length): round(1000 * min(values), 3) for length, values in seconds.items()},
-        "ratio": round(medians[max(medians)] / medians[min(medians)], 4),
+        "milliseconds_per_step": clock.milliseconds(),
+        "fastest_milliseconds": {length: round(1000 * min(seconds), 3) for length, seconds in clock.items()},
+        "ratio": clock.ratio(longest, shortest),
     }
 
 
-def measure(num_threads: int, num_repeats: int, num_steps: int) -> dict[str, object]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures every prompt length in turn and returns what was found, and on what."""
+    result = describe(arguments, (torch, transformers, diffusers))
     torch.manual_seed(0)
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(arguments.num_threads)
     model = build_model()
-    prompts = {length: torch.randint(6, 2048, (1, length)) for length in PROMPT_LENGTHS}
-    times: dict[int, list[tuple[float, float]]] = {length: [] for length in PROMPT_LENGTHS}
+    prompts = {str(length): torch.randint(6, 2048, (1, length)) for length in PROMPT_LENGTHS}
+    clocks = {name: Clock({length: [] for length in prompts}) for name in ("wall_clock", "processor")}
     for prompt in prompts.values():
-        step_times(model, prompt, num_steps)  # warms up
-    for _ in range(num_repeats):
+        step_times(model, prompt, arguments.num_steps)  # warms up
+    for _ in range(arguments.num_repeats):
         for length, prompt in prompts.items():
-            times[length] += step_times(model, prompt, num_steps)
-    return {
-        "wall_clock": summarise({length: [wall for wall, _ in values] for length, values in times.items()}),
-        "processor": summarise({length: [processor for _, processor in values] for length, values in times.items()}),
-        "num_steps_timed": len(times[PROMPT_LENGTHS[0]]),
-        "num_parameters": sum(weight.numel() for weight in model.parameters()),
+            for moment in step_times(model, prompt, arguments.num_steps):
+                for clock, seconds in zip(clocks.values(), moment, strict=True):
+                    clock[length].append(seconds)
+    result |= {name: summarise(clock) for name, clock in clocks.items()}
+    return result | {
+        "num_parameters": count_parameters(model),
         "rows": 2,
         "patches": IMAGE_SIZE**2 // model.config.patch_size**2,
         "attention": model.config.text_config._attn_implementation,
-        "num_threads": num_threads,
-        "machine": f"{platform.machine()}, {platform.system()}, {platform.processor() or 'unknown processor'}",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},
     }
 
 
 def main() -> None:
     """Reads the arguments, measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num_threads", type=int, default=2)
-    parser.add_argument("--num_repeats", type=int, default=20)
+    parser = benchmark_parser(__doc__, num_threads=2, num_repeats=20)
     parser.add_argument("--num_steps", type=int, default=10)
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    result = measure(arguments.num_threads, arguments.num_repeats, arguments.num_steps)
-    print(json.dumps(result, indent=2))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    tell(measure(arguments), arguments.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ index is built in a process of its own, whose peak of resident memory is reporte
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from datasets import Dataset, Features, List, Value
 from hf_mm.data.retrieval_index import COLUMN, build_index, choose_factory, open_index
 from hf_mm.data.retrieval_vectors import VectorFolder
 from hf_mm.data.shards import claim_folder, map_shards
+from timing import benchmark_parser, describe, tell
 
 
 NUM_TOPICS = 4096
@@ -127,6 +127,7 @@ def search_exactly(vectors: VectorFolder, queries: np.ndarray) -> tuple[np.ndarr
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Makes vectors, builds, searches both ways and compares."""
+    result = describe(arguments, (faiss, datasets, np))
     factory = arguments.factory or choose_factory(arguments.num_rows)
     made = MadeVectors(arguments.kind, arguments.dimension)
     write_vectors(folder / "vectors", made, arguments.kind, arguments.num_rows)
@@ -141,44 +142,36 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     scores, wanted, exact_seconds = search_exactly(vectors, queries)
     hits = [len(set(mine) & set(true)) for mine, true in zip(found.tolist(), wanted.tolist(), strict=True)]
     pairs = made(7, 2000) @ made(8, 2000).T
-    return {
-        "kind": arguments.kind,
-        "num_rows": arguments.num_rows,
-        "dimension": arguments.dimension,
+    return result | {
         "factory": factory,
         f"recall_at_{NUM_NEIGHBORS}": round(sum(hits) / wanted.size, 4),
         "milliseconds_per_query": round(1e3 * seconds / len(queries), 3),
         "exact_milliseconds_per_query": round(1e3 * exact_seconds / len(queries), 3),
-        "num_queries": len(queries),
+        "times_faster_than_exact": round(exact_seconds / seconds, 2),
         **{name: round(value, 2) for name, value in built.items()},
         "index_gib": round(sum(path.stat().st_size for path in folder.glob("index-*/index.*")) / 2**30, 2),
         "mean_cosine_of_neighbors": round(float(scores.mean()), 3),
         "mean_cosine_of_any_two": round(float(pairs.mean()), 3),
         "threads": faiss.omp_get_max_threads(),
-        "machine": f"{platform.machine()}, {platform.system()}, {platform.processor() or 'unknown processor'}",
-        "versions": {module.__name__: module.__version__ for module in (faiss, datasets, np)},
     }
 
 
 def main() -> None:
     """Reads the arguments, measures, prints and writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = benchmark_parser(__doc__, num_threads=None, num_repeats=None)
     parser.add_argument("--kind", choices=("clustered", "gaussian"), default="clustered")
     parser.add_argument("--num_rows", type=int, default=200_000)
     parser.add_argument("--dimension", type=int, default=512)
     parser.add_argument("--num_queries", type=int, default=2000)
     parser.add_argument("--factory", help="Index as FAISS names it; none: the default for so many rows.")
     parser.add_argument("--folder", type=Path, help="Keeps vectors and index here; none: a temporary folder.")
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--build", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.build:
         return build_here(*arguments.build)
     with tempfile.TemporaryDirectory() as temporary:
         result = measure(arguments, arguments.folder or Path(temporary))
-    print(json.dumps(result, indent=2))
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    tell(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -2,31 +2,44 @@
 
 pip install transfusion-pytorch==0.20.0
 python benchmarks/training_step.py --output training_step.json
+python benchmarks/training_step.py --hidden_size 448 --output training_step_60m.json
 
 A step is forward, backward, the clipping of gradients and fused AdamW, on 8 sequences of 32 text tokens and an image
-of 64 patches, in float32, with each library's own preparation of what it is given: tensors for ours, lists of parts
-for the peer. The floor is every linear layer's product and both its gradients, without attention.
+of 64 patches, with each library's own preparation of what it is given: tensors for ours, lists of parts for the peer.
+The floor is every linear layer's product and both its gradients, without attention.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import nn
 
+from timing import (
+    DTYPES,
+    autocast,
+    count_parameters,
+    describe,
+    products_alone,
+    profile,
+    record_products,
+    take_turns,
+    tell,
+)
 from transfusion_peers import (
     CHANNELS,
+    OURS,
     PATCH_SIZE,
     PROMPT_LENGTH,
     SIDE,
     VOCAB_SIZE,
     build_all,
-    common_arguments,
-    compare,
-    products_alone,
-    record_products,
-    tell,
+    common_parser,
+    summarise,
 )
 
 
@@ -53,31 +66,42 @@ def loss_of_peer(model: nn.Module, batch_size: int) -> torch.Tensor:
     return model([[text, image] for text, image in zip(texts, patches, strict=True)])
 
 
-def training_step(model: nn.Module, loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+def training_step(
+    model: nn.Module, loss_of: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> None:
     """One step."""
-    loss_of().backward()
+    with autocast(dtype):
+        loss = loss_of()
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, object]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times each model and each floor in turn and returns what was found, and on what."""
+    result = describe(arguments, (torch, transformers, diffusers))
     torch.manual_seed(0)
     torch.set_num_threads(arguments.num_threads)
+    dtype = DTYPES[arguments.dtype]
     models = build_all(arguments.hidden_size, arguments.num_layers)
+    result["parameters"] = {name: count_parameters(model) for name, model in models.items()}
     deeds: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         loss_of = partial(loss_of_peer if name == "peer" else loss_of_ours, model.train(), arguments.batch_size)
-        deeds[name] = partial(training_step, model, loss_of, torch.optim.AdamW(model.parameters(), fused=True))
-        deeds[f"{name}_floor"] = products_alone(record_products(model, loss_of), backward=True)
-    result = compare(deeds, models, arguments.num_repeats)
-    return result | {"targets": TARGETS, "batch_size": arguments.batch_size}
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        deeds[name] = partial(training_step, model, loss_of, optimizer, dtype)
+        deeds[f"{name}_floor"] = products_alone(record_products(model, loss_of), backward=True, dtype=dtype)
+    clocks = take_turns(deeds, arguments.num_repeats)
+    result |= {name: summarise(clock, TARGETS) for name, clock in clocks.items()}
+    if arguments.profile:
+        result["profile"] = {name: profile(deeds[name]) for name in OURS}
+    return result
 
 
 def main() -> None:
     """Reads the arguments, measures, prints and writes."""
-    parser = common_arguments(__doc__.splitlines()[0])
+    parser = common_parser(__doc__)
     parser.add_argument("--batch_size", type=int, default=8)
     arguments = parser.parse_args()
     tell(measure(arguments), arguments.output)

@@ -1,26 +1,21 @@
-"""What training and drawing of Transfusion are timed against: `transfusion-pytorch`, and the matrix products alone.
+"""What training and drawing of Transfusion are timed against: `transfusion-pytorch`, and a DiT of diffusers.
 
-All models read the same sequences: 32 text tokens, then 64 patches of 12 numbers. One has the peer's trunk (layers,
-width, heads, width of the feed-forward layers), one the peer's number of parameters, of which more than half condition
-each of its layers on the timestep.
+All models read the same sequences: 32 text tokens, then 64 patches of 12 numbers. One of ours has the peer's trunk
+(layers, width, heads, width of the feed-forward layers), one the peer's number of parameters, of which more than half
+condition each of its layers on the timestep. The DiT has that number too, and a class in the place of a text.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
-import transformers
+from diffusers import DiTTransformer2DModel
 from torch import nn
 from transfusion_pytorch import Transfusion
 
 from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration
+from timing import DTYPES, Clock, benchmark_parser, count_parameters, judge
 
 
 VOCAB_SIZE = 2048
@@ -30,6 +25,8 @@ CHANNELS = 3
 PATCH_SIZE = 2
 HEAD_DIM = 64
 GUIDANCE_SCALE = 3.0
+NUM_CLASSES = 1000  # of ImageNet, which the DiT was made for; one more class is for no class
+OURS = ("same_trunk", "same_parameters")
 
 
 def build_ours(hidden_size: int, num_layers: int, intermediate_size: int) -> TransfusionForConditionalGeneration:
@@ -60,22 +57,38 @@ def build_peer(hidden_size: int, num_layers: int) -> Transfusion:
     )
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Counts weights."""
-    return sum(weight.numel() for weight in model.parameters())
+def build_dit(hidden_size: int, num_layers: int) -> DiTTransformer2DModel:
+    """Builds a DiT that draws pictures of the same patches."""
+    return DiTTransformer2DModel(
+        num_attention_heads=hidden_size // HEAD_DIM,
+        attention_head_dim=HEAD_DIM,
+        in_channels=CHANNELS,
+        num_layers=num_layers,
+        sample_size=PATCH_SIZE * SIDE,
+        patch_size=PATCH_SIZE,
+        num_embeds_ada_norm=NUM_CLASSES,
+    )
 
 
-def width_of(num_parameters: int, num_layers: int) -> int:
-    """Finds the width at which our model comes nearest to a number of parameters, in whole heads."""
-    # 12 squares of the width a layer, with feed-forward layers 8/3 as wide, and two embeddings.
-    sizes = {width: num_layers * 12 * width**2 + 2 * VOCAB_SIZE * width for width in range(HEAD_DIM, 4096, HEAD_DIM)}
-    return min(sizes, key=lambda width: abs(sizes[width] - num_parameters))
+def nearest_width(build: Callable[[int], nn.Module], num_parameters: int) -> int:
+    """Finds the width, in whole heads, at which a model comes nearest to a number of parameters."""
+
+    def distance(width: int) -> int:
+        with torch.device("meta"):
+            return abs(count_parameters(build(width)) - num_parameters)
+
+    width = HEAD_DIM
+    while distance(width + HEAD_DIM) < distance(width):
+        width += HEAD_DIM
+    return width
 
 
 def build_all(hidden_size: int, num_layers: int) -> dict[str, nn.Module]:
     """Builds the peer, ours with its trunk, and ours with its number of parameters."""
     peer = build_peer(hidden_size, num_layers)
-    wide = width_of(count_parameters(peer), num_layers)
+    wide = nearest_width(
+        lambda width: build_ours(width, num_layers, round(width * 8 / 3)), num_parameters=count_parameters(peer)
+    )
     return {
         "peer": peer,
         # The peer's gated feed-forward layers are 4 * 2 / 3 as wide as its trunk.
@@ -84,91 +97,30 @@ def build_all(hidden_size: int, num_layers: int) -> dict[str, nn.Module]:
     }
 
 
-def record_products(model: nn.Module, run: Callable[[], object]) -> list[tuple[int, int, int]]:
-    """Lists the matrix products of a run: rows, inner and outer width of each linear layer, each time it is called."""
-    products = []
-
-    def note(layer: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        products.append((output.numel() // layer.out_features, layer.in_features, layer.out_features))
-
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    run()
-    for hook in hooks:
-        hook.remove()
-    return products
-
-
-def products_alone(products: list[tuple[int, int, int]], *, backward: bool) -> Callable[[], None]:
-    """Makes a function that computes these products, with both of each one's gradients if asked, and nothing else."""
-    sizes = set(products)
-    rows = {size: torch.randn(size[0], size[1]) for size in sizes}
-    weights = {size: torch.randn(size[2], size[1]) for size in sizes}
-    gradients = {size: torch.randn(size[0], size[2]) for size in sizes}
-
-    def run() -> None:
-        for size in products:
-            torch.mm(rows[size], weights[size].T)
-            if backward:
-                torch.mm(gradients[size], weights[size])
-                torch.mm(gradients[size].T, rows[size])
-
-    return run
-
-
-def take_turns(deeds: Mapping[str, Callable[[], object]], num_repeats: int) -> dict[str, float]:
-    """Times deeds in turn, so that a change of the machine's speed meets all alike; medians in seconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in deeds}
-    for repeat in range(num_repeats + 1):
-        for name, deed in deeds.items():
-            start = time.perf_counter()
-            deed()
-            if repeat:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def compare(
-    deeds: Mapping[str, Callable[[], object]], models: Mapping[str, nn.Module], repeats: int
-) -> dict[str, Any]:
-    """Times what each model does, and each `*_floor`, in turn.
+def summarise(clock: Clock, targets: dict[str, float]) -> dict[str, Any]:
+    """Sets ours beside the peer, and each model beside its floor, with the targets.
 
     Args:
-        deeds (`Mapping[str, Callable]`): By the names of the models, and of their floors.
-        models (`Mapping[str, nn.Module]`): Those of `build_all`.
-        repeats (`int`): How often each is timed.
-
-    Returns:
-        `dict`: medians, how many times faster than the peer, how many times the floor, and what was measured on.
+        clock (`Clock`): Of deeds by the names of the models, and of their floors, such as `"peer_floor"`.
+        targets (`dict[str, float]`): `same_trunk` and `same_parameters`, how many times faster than the peer at
+            least, and `over_floor`, how many times the floor at most.
     """
-    seconds = take_turns(deeds, repeats)
-    ours = [name for name in models if name != "peer"]
+    models = [name for name in clock if f"{name}_floor" in clock]
     return {
-        "milliseconds": {name: round(1000 * value, 2) for name, value in seconds.items()},
-        "times_faster_than_peer": {name: round(seconds["peer"] / seconds[name], 3) for name in ours},
-        "times_its_floor": {name: round(seconds[name] / seconds[f"{name}_floor"], 3) for name in models},
-        "parameters": {name: count_parameters(model) for name, model in models.items()},
-        "num_repeats": repeats,
-        "num_threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {platform.system()}, {platform.processor() or 'unknown processor'}",
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, diffusers)},
+        "milliseconds": clock.milliseconds(),
+        "times_faster_than_peer": {name: judge(clock.ratio("peer", name), at_least=targets[name]) for name in OURS},
+        "times_its_floor": {
+            name: judge(ratio, at_most=targets["over_floor"]) if name in OURS else ratio
+            for name, ratio in ((name, clock.ratio(name, f"{name}_floor")) for name in models)
+        },
     }
 
 
-def common_arguments(description: str) -> argparse.ArgumentParser:
+def common_parser(description: str | None) -> argparse.ArgumentParser:
     """Makes a parser of the sizes of the peer and of how it is measured."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = benchmark_parser(description)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_layers", type=int, default=8)
-    parser.add_argument("--num_threads", type=int, default=1)
-    parser.add_argument("--num_repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="bfloat16: autocast, for all alike.")
+    parser.add_argument("--profile", action="store_true", help="Shows where the time of ours goes.")
     return parser
-
-
-def tell(result: Mapping[str, Any], output: Path | None) -> None:
-    """Prints a result and writes it, if asked to."""
-    text = json.dumps(result, indent=2)
-    print(text)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")

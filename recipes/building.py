@@ -98,19 +98,20 @@ def hold_out(
 
 
 def load_config(arguments: ModelArguments) -> Any:
-    """Loads or makes the configuration that a recipe names, with the changes it asks for."""
+    """Loads or makes the configuration that a recipe names, with the changes it asks for.
+
+    Raises:
+        ValueError: If nothing is named, what is named holds no configuration, or a change does not fit it.
+    """
     source = arguments.model_name_or_path or arguments.config_name
     if source is not None:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
     elif arguments.preset is not None:
         config = CONFIG_MAPPING[arguments.model_type].from_preset(arguments.preset)
     else:
         raise ValueError("Name what to train: `model_name_or_path`, `config_name` or `preset`.")
     if arguments.config_overrides:
-        config.update_from_string(arguments.config_overrides)
-        changed = {
-            pair.split("=")[0]: vars(config)[pair.split("=")[0]] for pair in arguments.config_overrides.split(",")
-        }
+        changed = change_config(config, arguments.config_overrides)
         if source is None:  # built anew, so that what follows from the changed fields follows
             config = CONFIG_MAPPING[arguments.model_type].from_preset(arguments.preset, **changed)
         else:
@@ -118,6 +119,34 @@ def load_config(arguments: ModelArguments) -> Any:
     if arguments.image_tokenizer_name is not None:
         config.set_image_tokenizer(arguments.image_tokenizer_name)
     return config
+
+
+def read_config(source: str) -> Any:
+    """Reads the configuration of a model, a JSON file, a folder or a Hub id; refuses what is none."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{source} holds no configuration of a model ({type(error).__name__}: {error}). It must be a JSON object "
+            "with a `model_type` and that model's fields, each of its type."
+        ) from error
+
+
+def change_config(config: Any, overrides: str) -> dict[str, Any]:
+    """Changes fields of a configuration as `config_overrides` says, and returns them with their values."""
+    pairs = overrides.split(",")
+    names = [pair.partition("=")[0] for pair in pairs]
+    if wrong := [pair for pair in pairs if pair.count("=") != 1]:
+        raise ValueError(f"`config_overrides`={overrides!r}: {wrong[0]!r} is no `field=value`.")
+    if unknown := [name for name in names if name not in vars(config)]:
+        raise ValueError(f"`config_overrides`: {unknown} are no fields of a {type(config).__name__}.")
+    try:
+        config.update_from_string(overrides)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"`config_overrides`={overrides!r} does not fit a {type(config).__name__}: {error}"
+        ) from error
+    return {name: vars(config)[name] for name in names}
 
 
 def find_text_tokenizer(

@@ -20,6 +20,7 @@ from hf_mm.data.icon_records import describe, scene_key
 from hf_mm.evaluation.retrieval import retrieval_recall
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.samples import save_captioned_grid
+from hf_mm.training.trackers import log_to_trackers
 from reporting import CARDS, card_values, describe_origin
 
 
@@ -118,7 +119,7 @@ class ClipReport:
             return
         with self._averaged():
             measured = self.measure()
-        self.accelerator.log({f"eval/{name}": value for name, value in measured.items()}, step=step)
+        log_to_trackers(self.accelerator, {f"eval/{name}": value for name, value in measured.items()}, step)
         shown = ", ".join(f"{name} {value:.1%}" for name, value in measured.items())
         print(f"\nStep {step}, {len(self.rows)} held-out pairs: {shown}.")
 

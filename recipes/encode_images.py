@@ -116,7 +116,9 @@ def load_vae(arguments: EncodeArguments, rows: Dataset, state: PartialState) -> 
             with torch.inference_mode():
                 scale = measure_latent_scale(vae, (pictures.pixels(n)[None].to(state.device) for n in numbers))
             vae.register_to_config(scaling_factor=scale)
-            vae.save_pretrained(copy)
+            draft = copy.with_name(f"{copy.name}.tmp")  # renamed when whole, for a run that is killed meanwhile
+            vae.save_pretrained(draft)
+            draft.rename(copy)
             print(f"{name} has no `scaling_factor`: measured {scale:.5f} on {len(numbers)} pictures.")
             print(f"Train with --image_tokenizer_name {copy}, the same weights with that scale.")
     return AutoencoderKL.from_pretrained(copy, use_safetensors=True), str(copy)

@@ -58,7 +58,11 @@ class HubPush:
         if is_sending or step == self.recipe.max_steps:  # the finished model follows
             return
         assert self.export is not None
-        self.export(self.folder)
+        try:
+            self.export(self.folder)
+        except OSError as error:  # such as a full disk
+            print(f"\nStep {step} is not exported to be uploaded; the next save tries again. {error}")
+            return
         if self.accelerator.is_main_process:
             # A daemon: a Hub that does not answer must not keep a stopped run from ending.
             self._sender = threading.Thread(target=self._send, args=(step,), daemon=True)

@@ -29,6 +29,7 @@ from hf_mm.training.loop import TrainingProgress
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.recipe import TrainingRecipe
 from hf_mm.training.samples import save_captioned_grid
+from hf_mm.training.trackers import end_training, log_to_trackers
 from pushing import HubPush
 
 
@@ -112,7 +113,7 @@ def finish_run(accelerator: Accelerator, push: HubPush, finish: Callable[[], str
             if (address := push.finish()) is not None:
                 print(f"Uploaded: {address}")
     finally:
-        accelerator.end_training()
+        end_training(accelerator)
 
 
 def gather_model(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -201,7 +202,7 @@ class RunReport:
             with self._averaged():
                 model = self.accelerator.unwrap_model(self.parts.model)
                 losses = held_out_loss(model, batches(), count_parts, self.accelerator.device)
-            self.accelerator.log({f"eval/{name}": value for name, value in losses.items()}, step=step)
+            log_to_trackers(self.accelerator, {f"eval/{name}": value for name, value in losses.items()}, step)
             shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
             self.accelerator.print(f"\nStep {step}, held-out rows: {shown}.")
 

@@ -19,6 +19,7 @@ from hf_mm.data.tasks import write_objects
 from hf_mm.evaluation.task_accuracy import box_accuracy, edit_success, structure_adherence
 from hf_mm.evaluation.text_accuracy import answer_accuracy, caption_accuracy
 from hf_mm.training.samples import save_captioned_grid
+from hf_mm.training.trackers import log_to_trackers
 from reporting import RunReport
 from task_sources import OpenedSource
 
@@ -133,7 +134,7 @@ class TaskReport:
         scores = {source.name: score(source, answers[source.name]) for source in self.sources}
         self._save_gallery(answers, step)
         logged = {f"tasks/{name}/{rate}": value for name, rates in scores.items() for rate, value in rates.items()}
-        self.run_report.accelerator.log(logged, step=step)
+        log_to_trackers(self.run_report.accelerator, logged, step)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"step-{step:06d}.json").write_text(json.dumps(scores, indent=2), encoding="utf-8")
         table = tabulate(self.folder)

@@ -114,7 +114,7 @@ def test_demo_without_gradio_says_what_to_install(monkeypatch, tmp_path):
         assert 'pip install "hf_mm[demo]"' in failure(run("demo", *options))
 
 
-@pytest.mark.parametrize(("command", "number"), [("info", 3), ("train", 3), ("demo", 4)])
+@pytest.mark.parametrize(("command", "number"), [("info", 5), ("train", 3), ("demo", 4)])
 def test_help_shows_examples(command, number):
     result = run(command, "--help")
     assert result.exit_code == 0 and result.stdout.count(f"  hf-mm {command}") == number

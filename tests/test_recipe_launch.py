@@ -70,3 +70,14 @@ def test_the_end_of_the_training_is_the_end_of_the_command(end, code):
 def test_an_interrupt_is_left_to_the_training():
     script = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(0.5); raise SystemExit(7)"
     assert launch([sys.executable, "-c", script]) == 7
+
+
+@pytest.mark.parametrize("data", [None, b"# \xd5\xff", "folder"])
+def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path, data):
+    path = tmp_path / "mine.yaml"
+    if data == "folder":
+        path.mkdir()
+    elif data is not None:
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match="mine.yaml is no recipe that can be read"):
+        launch_command(path)

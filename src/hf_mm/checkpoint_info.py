@@ -53,9 +53,11 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
             base = json.loads(adapter)["base_model_name_or_path"]
             raise ValueError(f"{name} is an adapter alone, on top of {base}. Ask for that.") from None
         raise ValueError(f"{name} has no weights in safetensors files: no model.safetensors nor its index.") from None
-    except SafetensorsParsingError as error:
+    except (SafetensorsParsingError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} has a damaged file of weights: {error}") from error
-    config = AutoConfig.from_pretrained(name)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{name} lacks a file of weights that its index names: {error}") from error
+    config = read_config(name)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {config.model_type}; described are {' and '.join(FAMILIES.values())}.")
     tensors = [tensor for file in metadata.files_metadata.values() for tensor in file.tensors.items()]
@@ -76,6 +78,14 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
             for dtype, width in DTYPE_BYTES.items()
         },
     }
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """Reads the configuration of a checkpoint; refuses one that is none."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{name} has a damaged config.json ({type(error).__name__}: {error}).") from error
 
 
 def read_text(name: str, file: str) -> str | None:
@@ -214,21 +224,21 @@ def spell_checkpoint(facts: Mapping[str, Any]) -> str:
     """
     parameters = dict(facts["parameters"])
     total = parameters.pop("total")
-    parts = ", ".join(f"{part} {_spell_count(count)}" for part, count in parameters.items())
+    parts = ", ".join(f"{part} {spell_count(count)}" for part, count in parameters.items())
     tasks = [_spell_task(task) for task in facts["tuned_for"]]
     vocabulary = dict(facts["vocabulary"])
     kinds = "".join(f", {count} of them {kind}" for kind, count in vocabulary.items() if kind != "total")
     size = facts["pictures"]["size"]
     lines = {
         "model": f"{facts['name']}: {facts['family']}, weights in {', '.join(facts['dtypes'])}",
-        "parameters": f"{_spell_count(total)}: {parts}",
+        "parameters": f"{spell_count(total)}: {parts}",
         "tuned for": ", ".join(tasks) or f"nothing that the folder tells of (it has no {TASKS}): draws and captions",
         "pictures": f"{size} x {size} px, {facts['pictures']['positions']} positions",
         "context": f"{facts['context']} positions",
         "vocabulary": f"{vocabulary['total']}{kinds}",
     }
     memory = {
-        f"in {dtype}": f"{_spell_bytes(need['load'])} to load, {_spell_bytes(need['draw'])} to draw a picture"
+        f"in {dtype}": f"{spell_bytes(need['load'])} to load, {spell_bytes(need['draw'])} to draw a picture"
         for dtype, need in facts["memory"].items()
     }
     return "\n".join(f"{label:<12}{text}" for label, text in (lines | memory).items())
@@ -239,14 +249,16 @@ def _spell_task(task: Mapping[str, Any]) -> str:
     return task["task"] if score is None else f"{task['task']} {score:.1%}"
 
 
-def _spell_count(count: int) -> str:
+def spell_count(count: int) -> str:
+    """Spells a number of parameters: 6.84B."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)
 
 
-def _spell_bytes(count: int) -> str:
+def spell_bytes(count: int) -> str:
+    """Spells a number of bytes: 2.97 GiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

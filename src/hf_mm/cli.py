@@ -16,6 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_examples import (
+    CAPTION_EXAMPLES,
+    CHAT_EXAMPLES,
+    DEMO_EXAMPLES,
+    EDIT_EXAMPLES,
+    GENERATE_EXAMPLES,
+    INFO_EXAMPLES,
+    TRAIN_EXAMPLES,
+)
+
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,51 +35,6 @@ if TYPE_CHECKING:
     from .data.retrieval import Retrieved
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-GENERATE_EXAMPLES = """\b
-Examples:
-  hf-mm generate "a red star on a white background" --output star.png
-  hf-mm generate "a red star" "a blue heart" --num-images 4 --seed 7 --output pictures/shape.png
-  hf-mm generate "a red star" --model me/my-transfusion --guidance-scale 3 --num-inference-steps 50
-  hf-mm generate "a red star" --model me/my-cm3leon --retrieval-dir runs/retrieval --num-retrieved 2 --json
-"""
-CAPTION_EXAMPLES = """\b
-Examples:
-  hf-mm caption star.png
-  hf-mm caption pictures/*.jpg --json
-  hf-mm caption star.png --model me/my-transfusion --prompt "a picture of"
-"""
-EDIT_EXAMPLES = """\b
-Examples:
-  hf-mm edit star.png "make the star blue" --output blue.png
-  hf-mm edit star.png "put it on a yellow background" --guidance-scale 3 --image-guidance-scale 1.5 --seed 7
-  hf-mm edit edges.png "Make high quality image from canny edge features<image>a red star" --model me/my-cm3leon
-"""
-CHAT_EXAMPLES = """\b
-Examples:
-  hf-mm chat --model me/my-transfusion-sft
-  hf-mm chat --image star.png --output-dir pictures
-  printf '/image star.png\\nwhat is it?\\nmake it blue\\n' | hf-mm chat --json
-"""
-
-INFO_EXAMPLES = """\b
-Examples:
-  hf-mm info
-  hf-mm info me/my-transfusion
-  hf-mm info runs/cm3leon_tiny_sft --json
-"""
-TRAIN_EXAMPLES = """\b
-Examples:
-  hf-mm train recipes/configs/transfusion_tiny_pretrain.yaml
-  hf-mm train recipes/configs/transfusion_tiny_sft.yaml -- --learning_rate 1e-4 --output_dir runs/mine
-  hf-mm train recipes/configs/cm3leon_7b_pretrain.yaml --accelerate-config my_cluster.yaml --dry-run
-"""
-DEMO_EXAMPLES = """\b
-Examples:
-  hf-mm demo
-  hf-mm demo --model me/my-transfusion-sft --port 7861 --example "a red fox" --example "a blue boat"
-  hf-mm demo --model me/my-cm3leon --retrieval-dir runs/retrieval
-  hf-mm demo --model me/my-transfusion-sft --space-dir my-space
-"""
 
 app = typer.Typer(
     name="hf-mm",
@@ -297,21 +262,65 @@ def chat(
 def info(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help=MODEL_HELP),
+        typer.Argument(metavar="[MODEL]", help=f"{MODEL_HELP} With --plan also a recipe or a model's JSON file."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Work out memory, time and data of training it instead.")
+    ] = False,
+    num_gpus: Annotated[int | None, typer.Option(help="Of a plan. Default: 8.")] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Windows in one forward pass on one GPU. Default: 1.")
+    ] = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens of a window. Default: the recipe's, else the model's positions.")
+    ] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or no. Default: the recipe's, else bf16.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Compute layers again. Default: the recipe's, else no.")
+    ] = None,
+    sharding: Annotated[
+        str | None, typer.Option(help="fsdp2, or ddp for whole weights on every GPU. Default: fsdp2.")
+    ] = None,
+    tokens_per_step: Annotated[int | None, typer.Option(help="Of all GPUs. Default: one micro-batch of each.")] = None,
+    token_budget: Annotated[float | None, typer.Option(help="Tokens and patches of the whole run.")] = None,
+    utilisation: Annotated[float | None, typer.Option(help="Share of the peak that is reached. Default: 0.5.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of a GPU. Default: 989, an H100 in bf16.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="Of a GPU. Default: 80.")] = None,
+    storage_gb_per_second: Annotated[
+        float | None, typer.Option(help="At which all GPUs together write a checkpoint. Default: 10.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell the sizes, tasks and memory need of a checkpoint, without loading its weights."""
+    """Tell the sizes, tasks and memory need of a checkpoint, without loading its weights, or plan its training."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "plan", "as_json")}
+    options = {name: value for name, value in options.items() if value is not None}
     with one_line_errors():
         from .checkpoint_info import describe_checkpoint, spell_checkpoint
         from .loading import find_checkpoint, missing_model
 
         name = find_checkpoint(model)
         try:
-            facts = describe_checkpoint(name)
+            if plan:
+                facts, spell = make_plan(name, options)
+            elif options:
+                raise ValueError(
+                    f"--{next(iter(options)).replace('_', '-')} is of a plan. Add --plan, or leave it out."
+                )
+            else:
+                facts, spell = describe_checkpoint(name), spell_checkpoint
         except OSError as error:
             raise missing_model(f"MODEL {name}", name, error) from error
-        typer.echo(json.dumps(facts) if as_json else spell_checkpoint(facts))
+        typer.echo(json.dumps(facts) if as_json else spell(facts))
+
+
+def make_plan(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., str]]:
+    """Plans the training of a recipe, a model's file or a checkpoint; returns the facts and what spells them."""
+    from .evaluation.scaling import count_flops
+    from .training_plan import PlanArguments, open_plan, plan_training, spell_plan
+
+    return plan_training(open_plan(name), PlanArguments(**options), count_flops), spell_plan
 
 
 @app.command(epilog=TRAIN_EXAMPLES)

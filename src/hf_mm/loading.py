@@ -4,7 +4,9 @@ Knows names, folders and files; what is drawn with them, the commands know.
 """
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,10 @@ def load_pipeline(model: str | None, trust_remote_code: bool) -> DiffusionPipeli
 
     Returns:
         `DiffusionPipeline`: whose progress bar is shown on terminals only.
+
+    Raises:
+        ValueError: If the folder holds no pipeline, or a configuration in it does not fit.
+        OSError: If there is no such checkpoint, or its files are damaged.
     """
     for library in (transformers, diffusers):  # their bars of loading; those of downloads and of drawing stay
         library.utils.logging.set_verbosity_error()
@@ -52,12 +58,36 @@ def load_pipeline(model: str | None, trust_remote_code: bool) -> DiffusionPipeli
         raise ValueError(
             f"--model {name} holds no pipeline: it has no model_index.json. recipes/pretrain.py writes one."
         )
+    if Path(name).is_dir():
+        check_index(Path(name) / "model_index.json")
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise missing_model(f"--model {name}", name, error) from error
+    except (AttributeError, KeyError, IndexError, TypeError, JSONDecodeError, UnicodeDecodeError) as error:
+        raise OSError(
+            f"--model {name} cannot be loaded ({type(error).__name__}: {error}). Its files are damaged: get them anew."
+        ) from error
     pipeline.set_progress_bar_config(disable=None, desc="Drawing")
     return pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+
+
+def check_index(path: Path) -> None:
+    """Refuses an index of a pipeline that does not name a class, and a library and a class of each part.
+
+    Raises:
+        OSError: Naming the file.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path} is damaged: {error}. Get it anew.") from error
+    parts = index if isinstance(index, dict) else {}
+    named = [value for name, value in parts.items() if not name.startswith("_")]
+    if "_class_name" not in parts or not all(isinstance(value, list) and len(value) == 2 for value in named):
+        raise OSError(
+            f"{path} is damaged: it must name a `_class_name`, and [library, class] of each part. Get it anew."
+        )
 
 
 def load_reader(model: str | None, trust_remote_code: bool, deed: str) -> CM3LeonPipeline | TransfusionPipeline:

@@ -27,10 +27,14 @@ def read_command(recipe: Path) -> tuple[list[str], str]:
         `tuple[list[str], str]`: flags of the launcher, and the script, such as `recipes/pretrain.py`.
 
     Raises:
-        ValueError: If they hold no such command.
+        ValueError: If the file cannot be read, or they hold no such command.
     """
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe} is no recipe that can be read: {error}. Give the path of a YAML file.") from error
     found = None
-    for line in recipe.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         if not line.startswith("#"):
             break
         found = COMMAND.search(line) or found

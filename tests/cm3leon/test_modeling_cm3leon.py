@@ -377,8 +377,8 @@ def test_losses_and_gradients_do_not_depend_on_how_many_scores_are_held(make_mod
         sizes.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = model(**batch)
-        scored = sum(sizes)
         out.loss.backward()
+        scored = sum(sizes)  # nothing again in the backward pass
         assert scored == num_targets * model.config.vocab_size
         assert max(sizes) == model.config.vocab_size * (num_targets if rows == 1000 else max(1, int(rows)))
         found.append(

@@ -321,3 +321,26 @@ def test_rows_are_checked_as_far_as_asked() -> None:
         check_rows(rows, "conversation")
     with pytest.raises(ValueError, match=r"needs the column `content`. Columns here: \['messages'\]"):
         check_rows(rows, "document")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.parquet", b"PAR1 no more"), ("a.jsonl", b""), ("a.csv", b'image,text\n"a')]
+)
+def test_a_damaged_or_empty_file_is_refused_by_name(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        load_rows(tmp_path / name)
+
+
+def test_a_saved_dataset_without_rows_is_refused_by_its_folder(tmp_path: Path) -> None:
+    Dataset.from_dict({"image": [], "text": []}).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match="none.*no rows|none.*nothing|`text`|`image`"):
+        load_rows(tmp_path / "none")
+
+
+@pytest.mark.parametrize("row_format", ["pair", "document", "conversation"])
+def test_what_is_no_row_at_all_is_refused(row_format: str) -> None:
+    with pytest.raises(RowError, match="Row 3: NoneType, must be a mapping"):
+        check_row(None, 3, row_format)
+    with pytest.raises(RowError, match="Row 3, column `keywords`: 7 must be"):
+        check_row({"image": b"", "text": "a", "keywords": 7}, 3, "pair")

@@ -1,7 +1,10 @@
+import errno
 import io
+import os
+import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,70 @@ def test_an_interrupted_run_goes_on_with_the_missing_shards(tmp_path: Path) -> N
     nothing = CountingEncoder()
     encode(rows, tmp_path, nothing)
     assert nothing.num_images == 1 and not list(tmp_path.glob("draft*"))
+
+
+def damage_in_turn(path: Path, written: bytes) -> Iterator[None]:
+    """Cuts a file off at several places, then flips one of its bytes."""
+    for length in (0, 1, len(written) // 2, len(written) - 8, len(written) - 1):
+        path.write_bytes(written[:length])
+        yield
+    path.write_bytes(written[:1] + bytes([written[1] ^ 1]) + written[2:])
+    yield
+
+
+def test_a_damaged_shard_is_made_anew_as_it_was_and_a_short_one_is_not_read(tmp_path: Path) -> None:
+    encode(pair_rows(), tmp_path)
+    path = tmp_path / "shard-00001-of-00003.arrow"
+    written = path.read_bytes()
+    for _ in damage_in_turn(path, written):
+        if path.stat().st_size < len(written):
+            with pytest.raises(ValueError, match=f"{path.name} is not as it was written. Run the same command again"):
+                load_encoded(tmp_path)
+        encode(pair_rows(), tmp_path)
+        assert path.read_bytes() == written
+
+
+def test_a_damaged_checksum_costs_its_shard_and_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    encode(pair_rows(), tmp_path)
+    note = tmp_path / "shard-00001-of-00003.json"
+    written = note.read_bytes()
+    for _ in damage_in_turn(note, written):
+        encode(pair_rows(), tmp_path)
+        assert note.read_bytes() == written
+    (tmp_path / "manifest.json").write_text('{"image_size": [8,')
+    for use in (lambda: encode(pair_rows(), tmp_path), lambda: load_encoded(tmp_path)):
+        with pytest.raises(
+            ValueError, match="manifest.json is damaged, so nobody knows what made .* Delete that folder"
+        ):
+            use()
+
+
+def test_what_killed_processes_left_of_notes_is_removed_where_these_are_written_again(tmp_path: Path) -> None:
+    encode(pair_rows(), tmp_path)
+    kept = sorted(tmp_path.iterdir())
+    for name in ("manifest.json", "shard-00001-of-00003.json"):
+        (tmp_path / name).rename(tmp_path / f"{name}.4711.tmp")
+    encode(pair_rows(), tmp_path)
+    assert sorted(tmp_path.iterdir()) == kept
+
+
+def test_a_full_disk_leaves_no_half_shard_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    whole = encode(pair_rows(), tmp_path / "whole")
+    child = os.fork()  # a process of its own: what wrote to the full disk is left open by datasets
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # no file may grow beyond that
+        try:
+            encode(pair_rows(), tmp_path / "cut")
+        except OSError as error:
+            is_named = error.filename == str(tmp_path / "cut" / "shard-00000-of-00003.arrow")
+            os._exit(error.errno if is_named and "the same command goes on" in str(error) else 1)
+        finally:
+            os._exit(255)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EFBIG
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["manifest.json"]
+    encode(pair_rows(), tmp_path / "cut")
+    both = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, tmp_path / "cut")]
+    assert both[0] == both[1]
 
 
 @pytest.mark.slow

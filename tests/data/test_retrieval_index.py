@@ -121,6 +121,7 @@ def test_three_processes_build_what_one_does(tmp_path: Path) -> None:
     assert three.get_index("vector").faiss_index.ntotal == NUM_ROWS
     assert np.array_equal(nearest(three), nearest(one))
     assert sorted(path.name for path in (tmp_path / "three").iterdir()) == [
+        "checksums.json",
         "index.faiss",
         "index.ivfdata",
         "index.json",
@@ -165,6 +166,29 @@ def test_an_index_of_other_vectors_is_refused_and_built_anew(tmp_path: Path) -> 
         open_index(folder, others)
     build_index(others, tmp_path / "index")
     assert np.array_equal(nearest(open_index(folder, others)), true_nearest(seed=2))
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "index.ivfdata"])
+def test_an_index_that_changed_on_disk_is_noticed_and_built_anew(tmp_path: Path, name: str) -> None:
+    vectors = write_vectors(tmp_path / "vectors")
+    folder = build_index(vectors, tmp_path / "index", factory=INVERTED)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / name).write_bytes(written[name][:-3])
+    with pytest.raises(ValueError, match=f"{name} is not as it was written. Run build_retrieval_index.py again"):
+        open_index(folder, vectors)
+    for damaged in (written[name][:-3], written[name][:-3] + b"x" + written[name][-2:]):
+        (folder / name).write_bytes(damaged)
+        build_index(vectors, folder, factory=INVERTED)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
+
+
+def test_parts_that_a_killed_build_left_are_removed(tmp_path: Path) -> None:
+    vectors = write_vectors(tmp_path / "vectors")
+    folder = build_index(vectors, tmp_path / "index", factory=INVERTED)
+    for name in ("0123-part-00001.faiss", "0123-part-00001.json", "0123-trained.faiss"):
+        (folder / name).write_bytes(b"")
+    build_index(vectors, folder, factory=INVERTED)
+    assert not [*folder.glob("0123-*")]
 
 
 def test_vectors_that_changed_on_disk_are_noticed(tmp_path: Path) -> None:

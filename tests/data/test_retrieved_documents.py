@@ -232,3 +232,9 @@ def test_numbers_are_places_where_no_row_was_dropped():
     assert MemoryBank.of_numbered(rows, 7).places is None
     assert MemoryBank.of_numbered(rows.select([5, 0]), 7).places.tolist() == [1, -1, -1, -1, -1, 0, -1]
     assert np.array_equal([row["row_number"] for row in MemoryBank(rows).read([6, 1])], [6, 1])
+
+
+@pytest.mark.parametrize("ids", [None, 3, "01", [0, None], [0.5]])
+def test_neighbours_that_are_no_numbers_are_refused(ids):
+    with pytest.raises(RowError, match="Row 3, column `neighbor_ids`"):
+        MemoryBank(make_rows()).find_pool({"neighbor_ids": ids}, "Row 3")

@@ -488,3 +488,20 @@ def test_a_wish_within_the_clip_is_granted_and_rows_alone_are_proportional() -> 
 def test_mixtures_that_make_no_sense_are_refused(arguments: tuple, fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         mixture_weights(*arguments)
+
+
+@pytest.mark.parametrize("objects", [3, "ab", [3], [{"label": "a"}], [{"box": [0, 0, 1, 1]}]])
+def test_objects_without_label_or_box_are_refused(objects: object) -> None:
+    for use in (crop_boxes, format_boxes):
+        with pytest.raises(ValueError, match="`objects"):
+            use(objects, (32, 32))
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [3, [3], {"label": ["a"], "box": 3}, {"label": ["a", "b"], "box": [[0, 0, 1, 1]]}, [{"label": "a", "box": "abcd"}],
+     [{"label": "a", "box": [0, {}, 1, 1]}]],
+)  # fmt: skip
+def test_detections_of_another_form_are_refused(objects: object) -> None:
+    with pytest.raises(ValueError, match="`objects`=|must be four numbers"):
+        convert_boxes(objects, (32, 32), label_key="label", box_key="box", box_format="fractions")

@@ -83,6 +83,22 @@ def test_a_lost_hub_only_warns_and_the_next_save_tries_again(hub, make_push, cap
     assert hub.files(NAME)["number.txt"] == b"1"
 
 
+def test_a_disk_without_room_for_the_export_only_warns(hub, make_push, capsys):
+    push, _ = make_push(push_to_hub=NAME)
+    export = push.export
+
+    def fail(folder):
+        raise OSError(28, "No space left on device")
+
+    push.export = fail
+    push.push(3)
+    assert "Step 3 is not exported to be uploaded; the next save tries again. [Errno 28]" in capsys.readouterr().out
+    push.export = export
+    push.push(6)
+    wait(push)
+    assert hub.files(NAME)["number.txt"] == b"0"
+
+
 def test_the_end_publishes_what_is_finished_and_says_where_or_how_to_try_again(hub, make_push, exported, not_checked):
     push, _ = make_push(push_to_hub=NAME)
     shutil.copytree(exported, push.recipe.output_dir)

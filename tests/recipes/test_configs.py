@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def test_every_recipe_opens_with_paper_and_command_and_parses(config, monkeypatc
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_numbers_of_the_paper_stand_in_the_recipe_of_each_size(size):
+def test_numbers_of_the_paper_stand_in_the_recipe_of_each_size(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
     layers, width, heads, billions = SIZES[size]
     values = parse(f"transfusion_{size}_pretrain.yaml")
     for name, number in OPTIMISATION.items():
@@ -103,12 +105,13 @@ def test_numbers_of_the_paper_stand_in_the_recipe_of_each_size(size):
     assert (config.timestep_sampling, config.diffusion_loss_weight) == ("uniform", 5)
     with torch.device("meta"):
         model = AutoModelForMultimodalLM.from_config(config)
-    assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.05)
+    trained = sum(weight.numel() for weight in model.train().parameters() if weight.requires_grad)
+    assert trained / 1e9 == pytest.approx(billions, rel=0.05)
 
 
 def test_every_size_states_the_same_but_for_the_size(monkeypatch):
     free = {
-        "preset",
+        "config_name",
         "output_dir",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
@@ -131,6 +134,9 @@ def test_numbers_of_appendix_a_stand_in_the_recipe_of_the_vae():
     with torch.device("meta"):
         vae = build_image_tokenizer(arguments)
     assert find_latent_shape(vae, arguments.image_size) == (8, 32, 32)
+    for size in SIZES:  # whose files say what the autoencoder is to be
+        told = AutoConfig.from_pretrained(ROOT / f"recipes/configs/models/transfusion_{size}.json").vae_config
+        assert json.loads(json.dumps({name: vae.config[name] for name in told})) == told
     assert sum(weight.numel() for weight in vae.parameters()) / 1e6 == pytest.approx(86, rel=0.03)
 
 
@@ -158,3 +164,18 @@ def test_an_override_of_the_patch_size_changes_what_follows_from_it():
     tiny = ROOT / "recipes/configs/models/transfusion_tiny.json"
     config = load_config(ModelArguments(config_name=str(tiny), config_overrides="diffusion_loss_weight=3.0"))
     assert config.diffusion_loss_weight == 3.0 and config.patch_positions == "rotary" and config.image_size == 32
+
+
+@pytest.mark.parametrize("overrides", ["patch_size", "=", "a=b", "patch_size=4,", "patch_size=big", "vae_stride=2"])
+def test_overrides_that_change_nothing_are_refused_by_name(overrides):
+    with pytest.raises(ValueError, match="`config_overrides`"):
+        load_config(ModelArguments(preset="0.16B", config_overrides=overrides))
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "3", '{"model_type": ["cm3leon"]}', '{"model_type": "cm3leon", "dtype": ""}']
+)
+def test_a_file_that_holds_no_configuration_is_refused_by_name(tmp_path, text):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ValueError, match="mine.json|configuration"):
+        load_config(ModelArguments(config_name=str(tmp_path / "mine.json")))

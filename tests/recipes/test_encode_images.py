@@ -104,6 +104,23 @@ def test_a_missing_latent_scale_is_measured_and_kept_with_the_tokenizer(
     encode_images.main(options)  # finds all done, with the same scale
 
 
+def test_a_run_killed_while_it_keeps_the_tokenizer_goes_on(
+    rows_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_vae(tmp_path / "vae", None)
+    options = arguments(rows_file, tmp_path / "out", "--image_tokenizer_name", tmp_path / "vae")
+
+    def die(vae: AutoencoderKL, folder: Path) -> None:
+        vae.save_config(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AutoencoderKL, "save_pretrained", die)
+        encode_images.main(options)
+    folder = encode_images.main(options)
+    assert len(load_encoded(folder)) == NUM_ROWS and not (folder / "image_tokenizer.tmp").exists()
+
+
 def test_other_weights_under_the_same_name_are_refused(rows_file: str, tmp_path: Path) -> None:
     options = arguments(rows_file, tmp_path / "out", "--image_tokenizer_name", tmp_path / "vae")
     vae = save_vae(tmp_path / "vae", 0.7)

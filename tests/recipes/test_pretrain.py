@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 import encode_images
 import hf_mm  # noqa: F401
+import pretrain
 from hf_mm.training.checkpoint import list_checkpoints
 
 
@@ -90,6 +92,24 @@ def test_a_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(
 
 def test_the_number_of_workers_changes_no_loss(run, entries):
     assert entries(run("none", **PACKED)) == entries(run("two", dataloader_num_workers=2, **PACKED))
+
+
+def test_a_worker_that_dies_stops_the_run_which_the_same_command_finishes(run, entries, tmp_path, monkeypatch):
+    settings = {"max_steps": 6, "save_steps": 2, "sample_steps": 3, "dataloader_num_workers": 2}
+
+    def kill_worker(report, step):
+        worker = min(multiprocessing.active_children(), key=lambda process: process.pid)
+        worker.kill()
+        time.sleep(60)  # the signal of its death ends that
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.RunReport, "draw", kill_worker)
+        with pytest.raises(
+            RuntimeError, match="process that prepares batches died: .*lower `dataloader_num_workers`=2"
+        ):
+            run("cut", **settings)
+    assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-2"]
+    assert entries(run("cut", **settings)) == entries(run("whole", **settings))
 
 
 def test_accumulated_half_batches_equal_one_batch(run, entries):

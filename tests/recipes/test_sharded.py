@@ -1,4 +1,5 @@
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
+import export_checkpoint
 import hf_mm  # noqa: F401
 from hf_mm.training.checkpoint import list_checkpoints
 
@@ -67,3 +69,45 @@ def test_a_sharded_run_goes_on_where_it_stopped(run_sharded, entries, tmp_path):
         folder.rename(folder.with_name("later"))
     run_sharded("sharded", **settings)
     assert entries(tmp_path / "sharded") == whole
+
+    # One command makes one model of the shards, the same that the processes wrote together.
+    checkpoint = list_checkpoints(tmp_path / "sharded")[-1]
+    assert (checkpoint / "pytorch_model_fsdp_0").is_dir()
+    words = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "exported")]
+    folders = (tmp_path / "sharded", export_checkpoint.main(words))
+    wanted, given = (AutoModelForMultimodalLM.from_pretrained(folder).state_dict() for folder in folders)
+    assert all(torch.equal(given[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_does_and_layers_may_be_computed_again(
+    run, make_words, child_environment, entries, tmp_path
+):
+    whole = run("whole", per_device_train_batch_size=8)
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = door.getsockname()[1]
+    config = ROOT / "recipes" / "accelerate" / "fsdp2_nodes.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_machines", "2",
+                "--num_processes", "2", "--main_process_port", str(port)]  # fmt: skip
+    script = str(Path(__file__).with_name("sharded_run.py"))
+    words = make_words("nodes", gradient_checkpointing="true")
+    machines = [
+        subprocess.Popen(
+            [sys.executable, *launcher, "--machine_rank", str(rank), script, *words],
+            env=child_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        told = [machine.communicate(timeout=400)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(told)
+    names = ("loss", "grad_norm")
+    losses = [
+        [line[step][name] for step in (1, 2) for name in names] for line in map(entries, (whole, tmp_path / "nodes"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert (list_checkpoints(tmp_path / "nodes")[-1] / "pytorch_model_fsdp_0").is_dir()

@@ -1,6 +1,8 @@
 import json
 import os
+import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +61,7 @@ def test_killed_run_resumes_to_the_same_losses_bit_for_bit(tmp_path: Path) -> No
     words = [f"--{name}={value}" for name, value in {**settings, "report_to": "none"}.items()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *words, "--dropout=0.3", "--kill_at_step=8"]
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.name for path in list_checkpoints(tmp_path / "cut")] == ["checkpoint-3", "checkpoint-6"]
     assert max(losses(tmp_path / "cut")) == 8
@@ -104,6 +106,96 @@ def test_half_written_and_damaged_checkpoints_are_ignored(tmp_path: Path) -> Non
     assert list_checkpoints(tmp_path) == [good]
     run_here(tmp_path)
     assert is_complete(tmp_path / "checkpoint-6") and is_complete(tmp_path / "checkpoint-9")
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "ema.safetensors", "training_state.pt", "random_states_0.pkl"]
+)
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_is_used(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_here(tmp_path / "cut", max_steps=7)  # saved after steps 3, 6 and 7
+    path = tmp_path / "cut" / "checkpoint-7" / name
+    flip(path, path.stat().st_size // 2)
+    assert is_complete(path.parent)
+    capsys.readouterr()
+    resumed = run_here(tmp_path / "cut", max_steps=7)
+    told = capsys.readouterr().out
+    assert f"checkpoint-7 is damaged ({name} is missing or not as it was written): going back to" in told
+    assert "checkpoint-6. It is kept as" in told and "Resumed from" in told
+    assert_same_end(run_here(tmp_path / "whole", max_steps=7), resumed)
+    names = {path.name for path in (tmp_path / "cut").glob("checkpoint-*")}
+    assert names == {"checkpoint-6", "checkpoint-7", "checkpoint-7.damaged"}
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_any_flipped_byte_of_the_manifest_is_noticed_or_without_effect(tmp_path: Path) -> None:
+    run_here(tmp_path, max_train_seconds=1e-9)
+    path = tmp_path / "checkpoint-1" / "checkpoint.json"
+    written = path.read_bytes()
+    meant = json.loads(written)
+    for place in range(0, len(written), 7):
+        flip(path, place)
+        assert not is_complete(path.parent) or json.loads(path.read_bytes()) == meant, place
+        path.write_bytes(written)
+    assert is_complete(path.parent)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_never_silently_replaced_by_a_fresh_start(tmp_path: Path) -> None:
+    run_here(tmp_path, max_steps=6)
+    flip(tmp_path / "checkpoint-6" / "optimizer.bin", 99)
+    with pytest.raises(ValueError, match=r"checkpoint-6 is no whole checkpoint: optimizer.bin is .*'checkpoint-3'"):
+        run_here(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match="no whole checkpoint .checkpoint-6: optimizer.bin is .*; checkpoint-3: model"
+    ):
+        run_here(tmp_path)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+
+def test_what_a_killed_launch_left_is_removed(tmp_path: Path) -> None:
+    run_here(tmp_path, max_train_seconds=1e-9)
+    for name in ("checkpoint-1.old.tmp", "checkpoint-2.tmp"):
+        shutil.copytree(tmp_path / "checkpoint-1", tmp_path / name)
+    run_here(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_too_many_of_a_launch_killed_right_after_saving_is_removed(tmp_path: Path) -> None:
+    run_here(tmp_path, save_total_limit=None)
+    assert len(list_checkpoints(tmp_path)) == 3
+    run_here(tmp_path, save_total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("room", [1500, 3000, 9000])
+def test_a_full_disk_stops_the_run_and_costs_only_the_steps_since_the_last_checkpoint(
+    room: int, tmp_path: Path
+) -> None:
+    run_here(tmp_path / "cut", max_steps=6, save_steps=6)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(step: int) -> None:  # no file may grow beyond that
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+
+    recipe = make_recipe(tmp_path / "cut", max_steps=9, logging_steps=100)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-9 could not be written: .*checkpoint-6 is whole, and the same"):
+            toy_run.start(recipe, toy_run.ToyRecipe(dropout=0.3), every=((9, fill_disk),))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "cut" / "checkpoint-9.tmp").exists()
+    whole = run_here(tmp_path / "whole", max_steps=6, save_steps=6)
+    assert_same_end(whole, run_here(tmp_path / "cut", max_steps=6, resume_from_checkpoint="auto"))
+    resumed = run_here(tmp_path / "cut", max_steps=9, logging_steps=100)
+    assert_same_end(run_here(tmp_path / "whole", max_steps=9, logging_steps=100), resumed)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

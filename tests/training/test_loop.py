@@ -9,11 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 
+from hf_mm.training.checkpoint import list_checkpoints
 from hf_mm.training.history import read_history
+from hf_mm.training.loop import read_window
 from hf_mm.training.recipe import TrainingRecipe
+from hf_mm.training.trackers import end_training
 
 
 SCRIPT = Path(__file__).with_name("toy_run.py")
@@ -49,7 +53,7 @@ def launch(folder: Path, num_processes: int = 1, **fields: object) -> subprocess
     words = [f"--{name}={value}" for name, value in settings.items()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*python, str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*python, str(SCRIPT), *words], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -91,6 +95,68 @@ def test_loss_that_is_not_finite_stops_and_saves_the_batch(tmp_path: Path) -> No
     batch = load_file(tmp_path / "non_finite_step_3_process_0.safetensors")
     assert batch["0.images"].isnan().any() and batch["1.input_ids"].shape == (8, toy_run.LENGTH)
     assert len(losses(tmp_path)) == 2
+
+
+def test_a_batch_without_a_finite_loss_is_met_again_by_the_same_command_and_from_its_file(tmp_path: Path) -> None:
+    fields = {"gradient_accumulation_steps": 2, "save_steps": 2, "max_steps": 9}
+    with pytest.raises(FloatingPointError, match="weights are those after step 4, in checkpoint-4") as first:
+        run_here(tmp_path, {"nan_at_step": 5}, **fields)
+    path = tmp_path / "non_finite_step_5_process_0.safetensors"
+    saved = path.read_bytes()
+    with pytest.raises(FloatingPointError) as again:
+        run_here(tmp_path, {"nan_at_step": 5}, **fields)
+    assert str(again.value) == str(first.value) and path.read_bytes() == saved and len(losses(tmp_path)) == 4
+
+    model = toy_run.ToyModel()
+    load_model(model, tmp_path / "checkpoint-4" / "model.safetensors")
+    found = [model(**batch, **toy_run.count_targets(batch)).loss.isnan().item() for batch in read_window(path)]
+    assert found == [True, True]
+
+
+def test_a_checkpoint_of_the_step_before_a_batch_without_a_finite_loss_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="in checkpoint-3"):
+        run_here(tmp_path, {"nan_at_step": 4})
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoint-3"]
+    whole = run_here(tmp_path / "whole")
+    assert_same_weights(whole, run_here(tmp_path), 0)  # once the row is mended
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+class LostTracker:
+    """Fails as one does whose server or disk is gone."""
+
+    name = "lost"
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    def log(self, values: dict, step: int) -> None:
+        self.num_asked += 1
+        raise ConnectionError("no route to host")
+
+    def finish(self) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_training_goes_on_without_its_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost, build = LostTracker(), toy_run.start.__globals__["build_accelerator"]
+
+    def build_with_lost_tracker(recipe: TrainingRecipe) -> Accelerator:
+        accelerator = build(recipe)
+        accelerator.trackers.append(lost)
+        return accelerator
+
+    whole = run_here(tmp_path / "whole")
+    monkeypatch.setitem(toy_run.start.__globals__, "build_accelerator", build_with_lost_tracker)
+    accelerator, parts, reason = toy_run.start(make_recipe(tmp_path / "lost"), toy_run.ToyRecipe())
+    end_training(accelerator)
+    assert reason == "max_steps" and lost.num_asked == 6
+    assert_same_weights(whole, parts.model.state_dict(), 0)
+    assert losses(tmp_path / "lost") == losses(tmp_path / "whole")
+    assert "tracker 'lost' did not take the values of step 6: ConnectionError('no route to host')" in caplog.text
+    assert "could not be closed" in caplog.text
 
 
 def test_sigterm_finishes_the_step_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -103,3 +104,20 @@ def test_auto_precision_is_bf16_only_where_the_cpu_multiplies_it(monkeypatch: py
     assert resolve_mixed_precision("bf16", "cpu") == "bf16"
     with pytest.raises(ValueError, match="`mixed_precision`=fp16 needs a GPU"):
         resolve_mixed_precision("fp16", "cpu")
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", b"a: b: c", b"\tx: 1", b"!!python/object/apply:os.getcwd []", b"[" * 900]
+)
+def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "broken.yaml").write_bytes(text)
+    with pytest.raises(ValueError, match="broken.yaml is no YAML"):
+        parse_recipe(TrainingRecipe, argv=["--config", str(tmp_path / "broken.yaml")])
+
+
+@pytest.mark.parametrize("field", ["seed", "report_to"])
+def test_lists_without_end_are_refused_in_a_few_words(tmp_path: Path, field: str) -> None:
+    lists = ", ".join(f"&{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise("abcdefghij"))
+    with pytest.raises(ValueError, match=f"`{field}`=.* is nested") as caught:
+        parse_recipe(TrainingRecipe, argv=["--config", write(tmp_path, f"{field}: [&a [x, x], {lists}]")])
+    assert len(str(caught.value)) < 500

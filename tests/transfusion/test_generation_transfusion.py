@@ -628,3 +628,20 @@ def test_interleaved_answers_stay_within_the_context(make_model, boi):
     assert [part.ndim for part in answer([BOS, 11], {0: boi, 2: boi})] == [1, 3, 1]  # the second has no room
     with pytest.raises(ValueError, match=f"takes {limit} positions and leaves no room.*max_position_embeddings"):
         answer([BOS] + [11] * (limit - 1), {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU waits for nothing")
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
+def test_no_step_waits_for_the_device(make_model, scheduler_class):
+    model = make_model(prediction_type="epsilon").to("cuda")
+    scheduler = scheduler_class.from_config(model.default_scheduler().config)
+
+    def watch(step, timestep, latents):
+        torch.cuda.set_sync_debug_mode("error" if step < 4 else "default")
+        return latents
+
+    prompt = torch.tensor([[BOS, 11, 12]], device="cuda")
+    try:
+        model.draw_images(prompt, **DRAWING, num_inference_steps=5, scheduler=scheduler, callback=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

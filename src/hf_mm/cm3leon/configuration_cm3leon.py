@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import VQModel
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2CLS
 
 
 # (layers, hidden size, heads). Source: CM3Leon, table 3; the heads are those of the training code's standard sizes.
@@ -22,6 +23,9 @@ CODE_TOKEN = "<code:{}>"
 SENTINEL_TOKEN = "<sentinel:{}>"
 
 IMAGE_POSITIONS = ("running", "grid", "rotary")
+
+# Beyond every model there is: a number of layers that is a slip of the pen is not built until memory is full.
+MAX_LAYERS = 1024
 
 # Pixels per code where the configuration names no image tokenizer. Source: CM3Leon, section 2.1: 256 px, 1024 codes.
 PAPER_VQ_STRIDE = 8
@@ -130,6 +134,15 @@ class CM3LeonConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuses fields that do not fit each other; part of the `@strict` validation."""
+        check_image_tokenizer("vq_config", self.vq_config)
+        sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+        for name in sizes.split():
+            if (value := self.__dict__[name]) < 1:
+                raise ValueError(f"`{name}`={value} must be at least 1.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers`={self.num_hidden_layers} must be at most {MAX_LAYERS}.")
+        if self.hidden_act not in ACT2CLS:
+            raise ValueError(f"`hidden_act`={self.hidden_act!r} is not one of {sorted(ACT2CLS)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size`={self.hidden_size} must be a multiple of "
@@ -149,11 +162,11 @@ class CM3LeonConfig(PreTrainedConfig):
             raise ValueError(f"`image_guidance_scale`={self.image_guidance_scale} is below 1. Use 1 for no guidance.")
         if self.image_temperature <= 0:
             raise ValueError(f"`image_temperature`={self.image_temperature} must be above 0.")
-        if self.vq_config is not None and self.vq_config["num_vq_embeddings"] != self.image_vocab_size:
+        if self.vq_config is not None and self.vq_config.get("num_vq_embeddings") != self.image_vocab_size:
+            codebook = self.vq_config.get("num_vq_embeddings")
             raise ValueError(
                 f"`image_vocab_size`={self.image_vocab_size} is not the size of the image tokenizer's codebook, "
-                f"{self.vq_config['num_vq_embeddings']}. Set `image_vocab_size` to it, and extend the text tokenizer "
-                "by as many codes."
+                f"{codebook}. Set `image_vocab_size` to it, and extend the text tokenizer by as many codes."
             )
         self._validate_vocabulary()
 
@@ -187,11 +200,18 @@ class CM3LeonConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds the configuration that was saved; refuses another family's, which would fill up with defaults."""
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A configuration is a JSON object of fields, and this is {config_dict!r}.")
         if (family := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(
                 f"`model_type`={family!r} is not {cls.model_type!r}: this checkpoint is of another family."
             )
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The configuration has a field of the wrong type ({type(error).__name__}: {error}): {config_dict!r}."
+            ) from error
 
     @property
     def vq_stride(self) -> int:
@@ -260,6 +280,22 @@ class CM3LeonConfig(PreTrainedConfig):
             raise ValueError(f"`name`={name!r} is not a preset. Presets: {list(PRESETS)}.")
         layers, hidden_size, heads = PRESETS[name]
         return cls(**{"num_hidden_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads, **fields})
+
+
+def check_image_tokenizer(field: str, config: dict[str, Any] | None) -> None:
+    """Refuses a configuration of an image tokenizer that lacks its levels, or has absurdly many layers.
+
+    Raises:
+        ValueError: Naming the field and its value.
+    """
+    widths = [1] if config is None else config.get("block_out_channels")
+    if not isinstance(widths, list | tuple) or not widths or not all(isinstance(width, int) for width in widths):
+        raise ValueError(
+            f"`{field}` has `block_out_channels`={widths!r}; it must be the channels of each level, a list."
+        )
+    layers = 1 if config is None else config.get("layers_per_block", 1)
+    if not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS:
+        raise ValueError(f"`{field}` has `layers_per_block`={layers!r}; it must lie between 0 and {MAX_LAYERS}.")
 
 
 def token_range(vocabulary: dict[str, int], spelling: str) -> tuple[int, int]:

@@ -27,6 +27,86 @@ CHAT_TEMPLATE = (
 )
 
 
+def check_text(text: Any, field: str) -> None:
+    """Refuses what no tokenizer reads: what is no string, and half characters (lone surrogates).
+
+    Args:
+        text (`str`): A text.
+        field (`str`): What an error names.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{field}={text!r} is a {type(text).__name__}; give a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field} has {text[error.start]!r} at place {error.start}, half of a character (a lone surrogate). "
+            "Decode the bytes that the text came from as UTF-8."
+        ) from error
+
+
+def check_parts(content: Any) -> None:
+    """Refuses what is no list of parts, each with its type, and texts that no tokenizer reads.
+
+    Args:
+        content (`list[dict]`): Parts of a document.
+
+    Raises:
+        ValueError: Naming the first part that is none.
+    """
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"`content`={content!r} must be a list of parts, such as {{'type': 'text', 'text': 'a'}}.")
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise ValueError(f"`content`[{number}]={part!r} must be a part with a `type`, such as 'text' or 'image'.")
+        if part["type"] == "text":
+            check_text(part.get("text"), f"`content`[{number}], `text`")
+
+
+def check_messages(messages: Any) -> None:
+    """Refuses what is no list of messages.
+
+    Args:
+        messages (`list[dict]`): A conversation.
+
+    Raises:
+        ValueError: Naming what is none.
+    """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        raise ValueError(f"`conversation`={messages!r} must be a list of messages, {{'role', 'content'}}.")
+    for number, message in enumerate(messages):
+        parts = message.get("content")
+        if not isinstance(parts, str | list | tuple | None) or (
+            not isinstance(parts, str | None) and not all(isinstance(part, Mapping) for part in parts)
+        ):
+            raise ValueError(f"Message {number} has the `content` {parts!r}; give a text, or a list of parts.")
+
+
+def list_conversations(conversation: Any) -> list[Sequence[Mapping[str, Any]]]:
+    """Lists the conversations of a batch, or the only one.
+
+    Args:
+        conversation (`list[dict]` or a list of such lists): Messages.
+
+    Returns:
+        `list[list[dict]]`: one or more.
+
+    Raises:
+        ValueError: If it is no list of messages.
+    """
+    batch = conversation
+    if isinstance(conversation, Sequence) and conversation and isinstance(conversation[0], Mapping):
+        batch = [conversation]
+    for messages in batch if isinstance(batch, list | tuple) else [batch]:
+        check_messages(messages)
+    if not batch:
+        raise ValueError("The conversation has no message.")
+    return list(batch)
+
+
 def list_parts(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Lists the parts of a message.
 
@@ -45,18 +125,21 @@ def list_parts(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if role not in ROLES:
         raise ValueError(f"{where} has the `role` {role!r}, which is not one of {ROLES}.")
     if isinstance(content, str):
+        check_text(content, f"{where}, `content`")
         return [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
         raise ValueError(f"{where} has the `content` {content!r}; give a text, or a list of parts.")
     parts = []
     for number, part in enumerate(content):
         kind = part.get("type")
-        names = {"text": ("text",), "image": ("image", "url", "path")}.get(kind)
+        names = {"text": ("text",), "image": ("image", "url", "path")}.get(kind if isinstance(kind, str) else "")
         if names is None:
             raise ValueError(f"{where}, part {number}: `type`={kind!r} is not one of 'text', 'image'.")
         given = [part[name] for name in names if part.get(name) is not None]
         if not given:
             raise ValueError(f"{where}, part {number}, has no `{names[0]}`. Messages bring their texts and pictures.")
+        if kind == "text":
+            check_text(given[0], f"{where}, part {number}, `text`")
         parts.append({"type": kind, names[0]: given[0]})
     return parts
 
@@ -80,12 +163,14 @@ def conversation_content(messages: Sequence[Mapping[str, Any]]) -> list[dict[str
         [{'type': 'text', 'text': 'hello ', 'is_answer': False}, {'type': 'text', 'text': 'hi', 'is_answer': True}]
 
     """
+    check_messages(messages)
     if not messages:
         raise ValueError("The conversation has no message.")
     content: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
-        is_answer = message.get("role") == "assistant"
-        content += [{**part, "is_answer": is_answer} for part in list_parts(message, f"Message {number}")]
+        parts = list_parts(message, f"Message {number}")
+        is_answer = message["role"] == "assistant"
+        content += [{**part, "is_answer": is_answer} for part in parts]
         if is_answer and number < len(messages) - 1:
             content.append({"type": "end_of_turn"})
     if messages[-1]["role"] != "assistant" and content and content[-1]["type"] == "text":
@@ -137,6 +222,7 @@ class ConversationMixin(ProcessorMixin):
         Raises:
             ValueError: If a message does not fit, or spells a special token.
         """
+        conversations = list_conversations(conversation)
         settings = {**(processor_kwargs or {})}
         if return_tensors != "auto":
             settings["return_tensors"] = return_tensors
@@ -156,9 +242,8 @@ class ConversationMixin(ProcessorMixin):
         for name in ("return_tensors", "padding"):
             if name in kwargs:
                 settings[name] = kwargs[name]
-        is_batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         inputs = self.encode_conversations(
-            conversation if is_batched else [conversation],
+            conversations,
             is_open=continue_final_message,
             return_tensors=settings.get("return_tensors"),
         )

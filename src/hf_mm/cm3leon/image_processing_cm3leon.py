@@ -1,11 +1,84 @@
 """Pictures to tensors for CM3Leon: crop, resize and scale to [-1, 1], all of the one size the model reads."""
 
+import reprlib
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+LONGEST = 16  # long sides over short: what is beyond, the centre crop leaves nothing of
+
+
+def picture_to_rgb(image: Image.Image) -> np.ndarray:
+    """Turns a picture of any mode upright, lays transparent parts on white, and scales 16-bit grey to 8 bits.
+
+    Args:
+        image (`PIL.Image.Image`): The picture.
+
+    Returns:
+        `np.ndarray` of shape `(height, width, 3)`: its pixels, from 0 to 255.
+
+    Raises:
+        ValueError: If it has no pixels, is unreadable, or its mode has no defined range.
+    """
+    if image.width * image.height == 0:
+        raise ValueError(f"`images` has a zero-sized picture, {image.width} x {image.height} pixels.")
+    if image.mode == "F":
+        raise ValueError(
+            "`images` has a picture of floats, which have no defined range. Give one of 8 bits a channel."
+        )
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray(np.round(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+            image = image.convert(image.mode.upper())
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow raises nearly every type on damaged files and metadata
+        raise ValueError(
+            f"`images` has a picture of mode {image.mode} that cannot be read ({type(error).__name__}: {error}). Save "
+            "it anew, as RGB."
+        ) from error
+
+
+def check_array(image: np.ndarray) -> None:
+    """Refuses arrays that are no pictures.
+
+    Raises:
+        ValueError: If it is not of finite numbers, has no pixels, or neither two nor three axes.
+    """
+    shown = f"`images` has an array of shape {image.shape} and type {image.dtype}"
+    if image.dtype.kind not in "buif":
+        raise ValueError(f"{shown}; pictures are of whole numbers or floats.")
+    if image.ndim not in (2, 3) or image.size == 0:
+        raise ValueError(
+            f"{shown}; a picture is (height, width), (height, width, 3) or (3, height, width), not empty."
+        )
+    if not np.isfinite(image).all():
+        raise ValueError(f"{shown} with NaN or infinite entries; pictures are of finite numbers.")
+
+
+def cut_ends(image: np.ndarray) -> np.ndarray:
+    """Cuts the ends of a very long picture, which would be resized at great cost only to be cropped.
+
+    Args:
+        image (`np.ndarray` of shape `(channels, height, width)`): The picture.
+
+    Returns:
+        `np.ndarray`: its middle, at most 16 times as long as wide.
+    """
+    height, width = image.shape[-2:]
+    longest = LONGEST * min(height, width)
+    top, left = max(height - longest, 0) // 2, max(width - longest, 0) // 2
+    return image[..., top : height - top, left : width - left]
 
 
 class CM3LeonImagesKwargs(ImagesKwargs, total=False):
@@ -56,11 +129,33 @@ class CM3LeonImageProcessor(PilBackend):
         """Turns a picture upright and lays transparent parts on white; arrays pass as they are."""
         if not isinstance(image, Image.Image):
             return super().convert_to_rgb(image, input_data_format=input_data_format)
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return np.array(image.convert("RGB"))
+        return picture_to_rgb(image)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Opens pictures that are named by path or address, refusing what is no picture.
+
+        Raises:
+            ValueError: If one cannot be opened; it says why.
+        """
+        if isinstance(image_url_or_urls, list | tuple):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        try:
+            return super().fetch_images(image_url_or_urls)
+        except Exception as error:  # decoders raise nearly every type on damaged files
+            raise ValueError(
+                f"`images`: {reprlib.repr(image_url_or_urls)} is no picture that can be opened "
+                f"({type(error).__name__}: {error}). Give a picture, an array, or the path or address of a file."
+            ) from error
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Makes an array of a picture, channels first.
+
+        Raises:
+            ValueError: If it has no pixels, or an array has others than finite numbers.
+        """
+        if not isinstance(image, Image.Image):
+            check_array(np.asarray(image))
+        return super().process_image(image, *args, **kwargs)
 
     def _preprocess(
         self,
@@ -70,6 +165,10 @@ class CM3LeonImageProcessor(PilBackend):
         **kwargs: object,
     ) -> BatchFeature:
         """Runs the library's steps, then refuses pictures of another number of codes."""
+        if not images:
+            raise ValueError("`images` is empty; give at least one picture.")
+        if kwargs.get("do_resize") and kwargs.get("do_center_crop"):
+            images = [cut_ends(image) for image in images]
         processed = super()._preprocess(images, return_tensors=None, **kwargs)["pixel_values"]
         wanted = self.crop_size["height"], self.crop_size["width"]
         for index, image in enumerate(processed):

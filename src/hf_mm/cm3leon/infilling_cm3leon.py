@@ -43,9 +43,7 @@ class InfillingMixin:
             ValueError: If a text has no gap, or there are not as many texts as pictures.
         """
         images = image if isinstance(image, list) else [image]
-        texts = list(text) if isinstance(text, list) else [text] * len(images)
-        if len(texts) != len(images):
-            raise ValueError(f"`text` has {len(texts)} entries and `image` {len(images)}; give one text per image.")
+        texts = self._list_prompts(text, len(images), "text")
         if without := [one for one in texts if blank not in one]:
             raise ValueError(f"`text`={without[0]!r} has no gap: write `blank`={blank!r} where it has one.")
         rows, counts = [], []
@@ -137,9 +135,7 @@ class InfillingMixin:
             ValueError: If an argument is out of range.
         """
         images = image if isinstance(image, list) else [image]
-        prompts = prompt if isinstance(prompt, list) else [prompt] * len(images)
-        if len(prompts) != len(images):
-            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per image.")
+        prompts = self._list_prompts(prompt, len(images))
         if (scale := sampling.get("image_guidance_scale", 1)) != 1:
             raise ValueError(f"`image_guidance_scale`={scale} must be 1 here: the picture is what is filled in.")
         self._check_output_type(output_type)

@@ -9,6 +9,7 @@ decoder over text and image codes. None asks the device a question or loops over
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from transformers.generation import LogitsProcessor, LogitsProcessorList
@@ -39,7 +40,7 @@ def temper(scores: torch.Tensor, temperature: float) -> torch.Tensor:
 
     """
     scores = scores.float().clamp(max=FLOAT.max)
-    return (scores - scores.amax(-1, keepdim=True).clamp(min=FLOAT.min)) / max(temperature, FLOAT.tiny)
+    return (scores - scores.amax(-1, keepdim=True).clamp(min=FLOAT.min)) / max(float(temperature), FLOAT.tiny)
 
 
 def contrastive_top_k(
@@ -135,7 +136,7 @@ def guide_logits(streams: torch.Tensor, scales: Sequence[float]) -> torch.Tensor
     bounded = streams.clamp(-SCORE_LIMIT, SCORE_LIMIT)
     guided = bounded[-1]
     for scale, upper, lower in zip(scales, bounded[:-1], bounded[1:], strict=True):
-        guided = (guided + scale * (upper - lower)).clamp(FLOAT.min, FLOAT.max)
+        guided = (guided + float(scale) * (upper - lower)).clamp(FLOAT.min, FLOAT.max)
     return guided.masked_fill(streams[0] == -torch.inf, -torch.inf)
 
 
@@ -457,6 +458,10 @@ class CodeSampling:
     amateur_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            kind, wanted = (Integral, "a whole number") if name.endswith("_k") else (Real, "a number")
+            if value is not None and name not in ("decoding", "do_sample") and not isinstance(value, kind):
+                raise ValueError(f"`{name}`={value!r} must be {wanted}.")
         for name in ("guidance_scale", "image_guidance_scale"):
             if not 1 <= (value := self.__dict__[name]) < math.inf:
                 raise ValueError(f"`{name}`={value} is below 1 or not finite. Use 1 to switch guidance off.")

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -37,13 +36,16 @@ from .layout_cm3leon import (
     running_positions,
     shift_labels,
 )
+from .loading_cm3leon import refuse_damaged, refuse_unbuildable
+from .losses_cm3leon import sum_in_pieces
+from .packing_cm3leon import attend_within_documents, find_documents
 from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
 
 
 # Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
 INIT_CUTOFF = 3.0
 
-# Scores that the loss holds at a time, 64 MiB in float32; beyond these they are computed again in the backward pass.
+# Scores that the loss holds at a time, 64 MiB in float32.
 MAX_SCORES = 2**24
 
 
@@ -95,6 +97,7 @@ class CM3LeonAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
         place_rotation: PlaceRotation | None = None,
+        document_lengths: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Reads `hidden_states` behind what the cache holds; returns them and, eager, the attention weights."""
@@ -103,6 +106,9 @@ class CM3LeonAttention(nn.Module):
         query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in projections)
         if place_rotation is not None:
             query, key = place_rotation.rotate(query, key)
+        if document_lengths is not None:
+            output = attend_within_documents(query, key, value, document_lengths, self.scaling)
+            return self.o_proj(output.flatten(2)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -163,6 +169,22 @@ class CM3LeonPreTrainedModel(PreTrainedModel):
     input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint as every model of transformers does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+            args: Those of the library.
+            kwargs: Likewise.
+
+        Raises:
+            OSError: If there is no such checkpoint, or its files are damaged or do not belong together.
+            ValueError: If it is of another family, or its configuration does not fit together.
+        """
+        with refuse_damaged(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normal weights; zeros where a layer writes to the residual stream; nearly nothing for positions.
 
@@ -213,7 +235,8 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         self.norm = build_norm(config)
         self.image_tokenizer = None
         if config.vq_config is not None:
-            self.image_tokenizer = VQModel.from_config(config.vq_config).requires_grad_(False).eval()
+            with refuse_unbuildable("vq_config"):
+                self.image_tokenizer = VQModel.from_config(config.vq_config).requires_grad_(False).eval()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -308,6 +331,19 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
         )
         return input_ids if pixel_values is None else input_ids.masked_scatter(is_image, codes)
 
+    def _documents_apart(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> list[int] | None:
+        """Lengths of packed documents that are read one by one, `None` where one mask serves all."""
+        is_plain = position_ids is not None and attention_mask is None and past_key_values is None
+        if is_plain and self.config._attn_implementation == "sdpa" and inputs_embeds.device.type == "cpu":
+            return find_documents(position_ids, len(inputs_embeds))
+        return None
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -369,13 +405,14 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
                 (positions < limit).all(),
                 f"a document is longer than `max_position_embeddings`={limit}. Shorten it.",
             )
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if (documents := self._documents_apart(inputs_embeds, attention_mask, past_key_values, position_ids)) is None:
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = inputs_embeds + self.embed_positions(positions)
         if self.embed_places is not None:
             places = image_places
@@ -393,6 +430,7 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                document_lengths=documents,
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
@@ -488,15 +526,9 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position instead
             index = (wanted != -100).nonzero().flatten()
             flat, wanted = flat[index], wanted[index]
-        pieces = [pair.split(max(1, MAX_SCORES // self.config.vocab_size)) for pair in (flat, wanted)]
-        if len(pieces[0]) > 1:
-            sums = [
-                checkpoint(self._sum_losses, *pair, use_reentrant=False, preserve_rng_state=False)
-                for pair in zip(*pieces, strict=True)
-            ]
-        else:
-            sums = [self._sum_losses(flat, wanted)]
-        total, image_total = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
+        num_positions = max(1, MAX_SCORES // self.config.vocab_size)
+        weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+        total, image_total = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
         if num_items is None:
             num_items = (wanted != -100).sum()
         if num_image_items is None:

@@ -9,6 +9,7 @@ leaf files only, so that it can travel to a Hub repo.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .infilling_cm3leon import InfillingMixin
 from .logits_cm3leon import CodeSampling
 from .retrieval_cm3leon import DocumentRetriever, RetrievalMixin
-from .writing_cm3leon import WritingMixin
+from .writing_cm3leon import WritingMixin, check_generator, check_numbers
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
@@ -236,6 +237,10 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
             ValueError: If an argument is out of range, the prompt or its documents leave no room for the picture,
                 or memory does not hold so many candidates.
         """
+        sides = {"height": height, "width": width, "num_images_per_prompt": num_images_per_prompt}
+        counts = {"num_candidates": num_candidates, "num_retrieved": num_retrieved}
+        check_numbers({**sides, **counts}, Integral, "a whole number")
+        check_generator(generator)
         num_candidates = num_images_per_prompt if num_candidates is None else num_candidates
         self.check_inputs(
             prompt, image, height, width, num_images_per_prompt, num_candidates, output_type,
@@ -336,8 +341,12 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
         return [*self.processor.encode_document(parts)["input_ids"][:-1], self.processor.tokenizer.break_token_id]
 
     def _read_codes(self, images: list[Image.Image]) -> list[list[int]]:
-        """Codes of pictures, from 0."""
+        """Codes of pictures, from 0; refuses what is several at once, such as an array of four axes."""
         pixel_values = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        if len(pixel_values) != len(images):
+            raise ValueError(
+                f"`image` holds {len(pixel_values)} pictures in {len(images)} entries; give each its own."
+            )
         ids = self.model.encode_images(pixel_values.to(self._execution_device))
         return (ids - self.model.config.first_image_token_id).tolist()
 

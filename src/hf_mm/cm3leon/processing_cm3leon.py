@@ -8,6 +8,7 @@ and pictures; which spans are masked in training is the data's.
 import copy
 from collections.abc import Sequence
 from itertools import dropwhile, groupby, pairwise, takewhile
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .configuration_cm3leon import CODE_TOKEN, SENTINEL_TOKEN, token_range
-from .conversation_cm3leon import CHAT_TEMPLATE, ConversationMixin
+from .conversation_cm3leon import CHAT_TEMPLATE, ConversationMixin, check_parts, check_text
 from .image_processing_cm3leon import CM3LeonImageProcessor
+from .loading_cm3leon import refuse_damaged
 
 
 # Added where a text tokenizer lacks them.
@@ -92,6 +94,14 @@ def give_spaces_to_answers(content: list[dict[str, Any]]) -> list[dict[str, Any]
     return parts
 
 
+def flat_array(values: Any, field: str) -> np.ndarray:
+    """Makes one row of an array of any shape; refuses lists of different lengths."""
+    try:
+        return np.asarray(values).reshape(-1)
+    except ValueError as error:
+        raise ValueError(f"{field} is no array, but lists of different lengths or depths. Give one list.") from error
+
+
 class CM3LeonProcessor(ConversationMixin):
     """Prepares inputs of [`CM3LeonForConditionalGeneration`] and reads its outputs.
 
@@ -139,6 +149,16 @@ class CM3LeonProcessor(ConversationMixin):
         self.tokenizer.padding_side = "left"
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a processor as every one of transformers.
+
+        Raises:
+            OSError: If there is none, or its files are damaged.
+        """
+        with refuse_damaged(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_config(
         cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
     ) -> "CM3LeonProcessor":
@@ -181,7 +201,7 @@ class CM3LeonProcessor(ConversationMixin):
             `BatchFeature`: `input_ids`, `attention_mask` and, with pictures, `pixel_values`.
 
         Raises:
-            ValueError: If a prompt spells a special token, or places and pictures are not as many.
+            ValueError: If a prompt is no text or spells a special token, or places and pictures are not as many.
         """
         # The beginning of a document is laid out here; a text model's tokenizer must not add another.
         kwargs.setdefault("add_special_tokens", False)
@@ -211,6 +231,12 @@ class CM3LeonProcessor(ConversationMixin):
         self, images: Any = None, text: Any = None, **kwargs: Any
     ) -> tuple[Any, Any, None, None]:
         """Lists the prompts; pictures without text become prompts of their own."""
+        if text is not None:
+            samples = [text] if isinstance(text, str) else text
+            if not isinstance(samples, list | tuple) or not samples:
+                raise ValueError(f"`text`={text!r} must be a string or a list of strings with at least one entry.")
+            for index, sample in enumerate(samples):
+                check_text(sample, f"`text`[{index}]")
         if text is None and images is not None:
             pictures = images if isinstance(images, list | tuple) else [images]
             text = [
@@ -274,15 +300,17 @@ class CM3LeonProcessor(ConversationMixin):
             field (`str`): What an error names.
 
         Raises:
-            ValueError: If there are more or fewer than a picture has, or one is not in the codebook.
+            ValueError: If they are no whole numbers, more or fewer than a picture has, or not in the codebook.
         """
-        values = np.asarray(codes).reshape(-1)
+        values = flat_array(codes, field)
         if len(values) != self.codes_per_image():
             rows, columns = self.image_processor.grid
             raise ValueError(
                 f"{field} has {len(values)} entries; a picture has {self.codes_per_image()} codes, {rows} rows of "
                 f"{columns}. Encode it at the size of the model's pictures."
             )
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"{field} must be whole numbers, and they are of the type {values.dtype}.")
         if values.min() < 0 or values.max() >= self.image_vocab_size:
             raise ValueError(
                 f"{field} reaches from {values.min()} to {values.max()}; the codebook of this model has "
@@ -360,7 +388,9 @@ class CM3LeonProcessor(ConversationMixin):
             ValueError: If the box is empty or lies outside the picture.
         """
         height, width = self.image_processor.crop_size["height"], self.image_processor.crop_size["width"]
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(edge, Integral) for edge in box):
+            raise ValueError(f"`box`={box!r} must be (left, upper, right, lower) in whole pixels.")
+        if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
             raise ValueError(
                 f"`box`={box} must be (left, upper, right, lower) within a picture of {width} x {height} pixels, the "
                 "size that pictures are brought to."
@@ -375,6 +405,7 @@ class CM3LeonProcessor(ConversationMixin):
         self, content: list[dict[str, Any]], with_masks: bool = False
     ) -> tuple[list[list[int]], list[int | None], list[list[int]]]:
         """Encodes the parts of a document, sentinels for what is missing, which is listed; answers are marked."""
+        check_parts(content)
         parts: list[list[int]] = []
         answers: list[list[int]] = []
         span_lengths: list[int | None] = []
@@ -414,7 +445,7 @@ class CM3LeonProcessor(ConversationMixin):
         ids = self.encode_codes(part["codes"])
         if "mask" not in part:
             return ids
-        mask = np.asarray(part["mask"], dtype=bool).reshape(-1)
+        mask = flat_array(part["mask"], "`mask` of an image").astype(bool)
         if len(mask) != len(ids):
             raise ValueError(f"`mask` of an image has {len(mask)} entries; its picture has {len(ids)} codes.")
         kept: list[int] = []

@@ -143,7 +143,7 @@ def _check_documents(documents: Any, num_prompts: int) -> None:
             where = f"`retrieved`[{row}][{place}]"
             if not isinstance(document, Mapping):
                 raise ValueError(f"{where} is a {type(document).__name__}; give a dict with {DOCUMENT_KEYS}.")
-            if unknown := sorted(set(document) - set(DOCUMENT_KEYS)):
+            if unknown := [key for key in document if key not in DOCUMENT_KEYS]:
                 raise ValueError(f"{where} has the keys {unknown}; a document has {DOCUMENT_KEYS}.")
             given = {key for key in DOCUMENT_KEYS if document.get(key) is not None}
             if not given or given == {"text"} and not document["text"]:

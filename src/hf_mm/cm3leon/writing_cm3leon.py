@@ -3,11 +3,35 @@
 Knows layouts and the model's own writing; how codes are drawn and shown, the pipeline knows.
 """
 
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import LogitsProcessorList
+
+
+def check_numbers(names: Mapping[str, Any], kind: type, wanted: str) -> None:
+    """Refuses arguments that are no numbers of a kind; None stands for a default.
+
+    Raises:
+        ValueError: Naming the argument and its value.
+    """
+    for name, value in names.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise ValueError(f"`{name}`={value!r} must be {wanted}.")
+
+
+def check_generator(generator: Any) -> None:
+    """Refuses what is neither a generator nor a list of them.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator`={generator!r} must be a `torch.Generator` or a list of them.")
 
 
 class WritingMixin:
@@ -40,9 +64,7 @@ class WritingMixin:
         Source: CM3Leon (arXiv 2309.02591), section 3.3 and figure 9.
         """
         images = image if isinstance(image, list) else [image]
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        if len(prompts) != len(images):
-            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per picture.")
+        prompts = self._list_prompts(prompt, len(images))
         rows = []
         for text, codes in zip(prompts, self._read_codes(images), strict=True):
             text = text.rstrip(" ")  # the space in front of an answer belongs to its first word, as in training
@@ -53,12 +75,23 @@ class WritingMixin:
 
     def _write(self, rows: list[list[int]], max_new_tokens: int, **generate_kwargs: Any) -> list[list[int]]:
         """Ids of text that the model writes behind rows of ids, up to the end of the span."""
+        check_numbers({"max_new_tokens": max_new_tokens}, Integral, "a whole number")
         ids, mask = self._pad(rows)
         max_new_tokens = min(max_new_tokens, self.model.num_free_positions(mask))
         sequences = self.model.generate(
             ids, attention_mask=mask, generation_mode="text", max_new_tokens=max_new_tokens, **generate_kwargs
         )
         return sequences[:, ids.shape[1] :].tolist()
+
+    @staticmethod
+    def _list_prompts(prompt: Any, num_images: int, name: str = "prompt") -> list[str]:
+        """Lists the texts of pictures, one for each; refuses what is none, or not as many."""
+        prompts = [prompt] * num_images if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"`{name}`={prompt!r} must be a string or a list of strings.")
+        if not num_images or len(prompts) != num_images:
+            raise ValueError(f"`{name}` has {len(prompts)} entries and `image` {num_images}; give one per picture.")
+        return prompts
 
     def _decode_text(self, rows: list[list[int]]) -> list[str]:
         return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -91,6 +124,7 @@ class WritingMixin:
         Returns:
             `list[list[str | PIL.Image.Image]]`: for each prompt what was added, in order.
         """
+        check_numbers({"max_images": max_images, "max_new_tokens": max_new_tokens}, Integral, "a whole number")
         inputs = self.processor(
             text=[prompt] if isinstance(prompt, str) else prompt, images=image, padding=True, return_tensors="pt"
         )
@@ -141,9 +175,10 @@ class WritingMixin:
             >>> messages += [pipe.chat(messages)]  # doctest: +SKIP
 
         """
-        if messages and messages[-1].get("role") == "assistant":
-            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
+        check_numbers({"max_images": max_images, "max_new_tokens": max_new_tokens}, Integral, "a whole number")
         inputs = self.processor.encode_conversations([messages], return_tensors="pt")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
         inputs.pop("assistant_masks")
         given = generate_kwargs.pop("logits_processor", [])
         (parts,) = self.model.generate_interleaved(

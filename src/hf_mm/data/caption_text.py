@@ -104,7 +104,7 @@ def clean_words(words: Sequence[str] | str | None, patterns: Sequence[re.Pattern
         words = [word.strip() for word in words]  # the blank after a comma is no fault
     kept, changes = {}, set()
     for word in () if words is None else words:
-        cleaned, changed = clean_text(word, patterns)
+        cleaned, changed = clean_text(word or "", patterns)
         changes |= changed
         if cleaned.casefold() in kept:
             changes.add("repeated_words")

@@ -78,29 +78,31 @@ def prepare_pairs(
 
 
 def prepare_encoded(
-    rows: Dataset, args: CaptionArguments, *, tokenizer: Tokenizer | None = None, reserved: Sequence[str] = ()
-) -> tuple[Dataset, CaptionReport]:
+    rows: Rows, args: CaptionArguments, *, tokenizer: Tokenizer | None = None, reserved: Sequence[str] = ()
+) -> tuple[Rows, CaptionReport]:
     """Cleans and filters rows whose pictures are encoded already: all that [`prepare_pairs`] does with their text.
 
     Pictures are not looked at, so neither their size nor duplicates count; that was for the encoding to do.
 
     Args:
-        rows (`Dataset`): Pair rows with encoded pictures.
+        rows (`Dataset` or `IterableDataset`): Pair rows with encoded pictures.
         args ([`CaptionArguments`]): What to do.
         tokenizer (`Callable`, *optional*): As for [`prepare_pairs`].
         reserved (`Sequence[str]`): Likewise.
 
     Returns:
-        `tuple[Dataset, CaptionReport]`: the rows left, and what was dropped and why.
+        `tuple[Rows, CaptionReport]`: the rows left, and what was dropped and why.
 
     Raises:
         ValueError: If a column that a filter needs is missing, or no row is left.
     """
     args = replace(args, drop_duplicates=False, near_duplicate_distance=None)
     _check_needs(rows, args, tokenizer)
-    read = [column for column in (*TEXT_COLUMNS, *FACT_COLUMNS, "id") if column in rows.column_names]
     judge = _Judge(args, args.compile_boilerplate(), tokenizer, tuple(reserved))
     report = CaptionReport(args.reasons())
+    if isinstance(rows, IterableDataset):
+        return _prepare_stream(rows, judge, report), report
+    read = [column for column in (*TEXT_COLUMNS, *FACT_COLUMNS, "id") if column in rows.column_names]
     prepared = _prepare_all(rows, rows.select_columns(read).with_format(None), judge, report)
     given = rows.format  # which joining columns forgets
     prepared.set_format(given["type"], given["columns"], given["output_all_columns"], **given["format_kwargs"])

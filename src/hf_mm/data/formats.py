@@ -9,7 +9,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -112,21 +112,24 @@ def load_rows(
 def open_source(
     source: str | os.PathLike, *, split: str = "train", config_name: str | None = None, streaming: bool = False
 ) -> Rows:
-    """Opens a source of rows of any format under the column names it has, see [`load_rows`] for the sources."""
+    """Opens a source of rows of any format under the column names it has, see [`load_rows`] for the sources.
+
+    Raises:
+        ValueError: If its files cannot be read as what their names say, or hold no rows.
+    """
     path = Path(source)
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         return _open_saved(path, split, streaming)
     if path.is_dir():
-        rows = load_dataset(str(path), split=split, streaming=streaming)
+        rows = _read_files(source, str(path), split=split, streaming=streaming)
     elif path.suffix in FILE_FORMATS:
         name = re.match(r"\w+", split)
         if name is None:
             raise ValueError(f"`split`={split!r} must begin with a name, such as 'train' or 'train[:100]'.")
         if not any(mark in str(source) for mark in ("*", "?", "[", "://")) and not path.exists():
             raise ValueError(f"`source`={str(source)!r} is no file here. Give a path, a glob, a folder or a Hub id.")
-        rows = load_dataset(
-            FILE_FORMATS[path.suffix], data_files={name[0]: str(source)}, split=split, streaming=streaming
-        )
+        files = {name[0]: str(source)}
+        rows = _read_files(source, FILE_FORMATS[path.suffix], data_files=files, split=split, streaming=streaming)
     else:
         rows = load_dataset(str(source), config_name, split=split, streaming=streaming)
     return _with_known_columns(rows)
@@ -178,6 +181,8 @@ def check_row(row: Mapping[str, Any], number: int, row_format: str) -> None:
     """
     _check_format_name(row_format)
     column = ROW_FORMATS[row_format]
+    if not isinstance(row, Mapping):
+        raise RowError(f"Row {number}: {type(row).__name__}, must be a mapping with the column `{column}`.")
     if row.get(column) is None:
         raise RowError(f"Row {number}, column `{column}`: nothing there. A {row_format} row needs it.")
     if row_format == "pair":
@@ -289,9 +294,29 @@ def _grey16_to_rgb(image: PILImage.Image) -> PILImage.Image:
     return PILImage.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
 
 
+def _read_files(source: str | os.PathLike, builder: str, **options: Any) -> Rows:
+    """Reads files, and says which when they are damaged or empty, whatever the reader of their format raises."""
+    try:
+        return load_dataset(builder, **options)
+    except (FileNotFoundError, ConnectionError):  # which say what is not there
+        raise
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"`source`={str(source)!r} cannot be read ({type(reason).__name__}: {reason}). Its files must be whole, "
+            "hold rows, and be of the format that their names end in."
+        ) from error
+
+
 def _open_saved(path: Path, split: str, streaming: bool) -> Rows:
     """Opens a folder made with `save_to_disk`."""
-    saved = load_from_disk(str(path))
+    try:
+        saved = load_from_disk(str(path))
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}): it holds no rows, or not what "
+            "`save_to_disk` wrote. Save the rows again."
+        ) from error
     if not isinstance(saved, Dataset):
         if split not in saved:
             raise ValueError(f"`split`={split!r} is not in {path}. Splits there: {list(saved)}.")
@@ -390,14 +415,29 @@ def _check_format_name(row_format: str) -> None:
         raise ValueError(f"`row_format`={row_format!r} must be one of {list(ROW_FORMATS)}.")
 
 
-def _check_pair(row: Mapping[str, Any], number: int) -> None:
+def check_texts(row: Mapping[str, Any], name: str) -> None:
+    """Checks that the columns of text of a pair row, where they are there, hold text.
+
+    Args:
+        row (`Mapping`): The row.
+        name (`str`): What an error calls it.
+
+    Raises:
+        RowError: If one holds something else.
+    """
     for column in ("text", "description"):
         if not isinstance(row.get(column), (str, type(None))):
-            raise RowError(f"Row {number}, column `{column}`: {type(row[column]).__name__}, must be a string.")
+            raise RowError(f"{name}, column `{column}`: {type(row[column]).__name__}, must be a string.")
     for column in ("keywords", "categories"):
         value = row.get(column)
-        if value is not None and not isinstance(value, str) and not all(isinstance(word, str) for word in value):
-            raise RowError(f"Row {number}, column `{column}`: {value!r} must be a string or a list of strings.")
+        if value is None or isinstance(value, str):
+            continue
+        if not isinstance(value, Iterable) or not all(isinstance(word, str) for word in value):
+            raise RowError(f"{name}, column `{column}`: {value!r} must be a string or a list of strings.")
+
+
+def _check_pair(row: Mapping[str, Any], number: int) -> None:
+    check_texts(row, f"Row {number}")
     if not any(row.get(column) for column in ("text", "description", "keywords")):
         raise RowError(f"Row {number}, column `text`: empty caption. Give `text`, `description` or `keywords`.")
 
@@ -432,7 +472,7 @@ def iterate_captions(rows: Rows) -> Iterator[str]:
     """Yields every text, description, keyword list, category list and text part of the rows, reading no image."""
     present = [column for column in ("content", *TEXT_COLUMNS) if column in rows.column_names]
     for row in rows.select_columns(present):
-        yield from (part["text"] for part in row.pop("content", None) or () if part.get("text"))
+        yield from (part["text"] for part in row.pop("content", None) or () if part and part.get("text"))
         for value in row.values():
             if value:
                 yield value if isinstance(value, str) else ", ".join(value)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Array2D, Array3D, Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import Array2D, Array3D, Dataset, Features, Image, List, Value
 
 from .fingerprints import digest_rows
 from .formats import ImageError, RowError, center_crop_resize, open_image
-from .shards import MANIFEST, claim_folder, map_shards, read_manifest, shard_paths
+from .shards import MANIFEST, claim_folder, map_shards, open_shards, read_manifest
 
 
 __all__ = ["MANIFEST", "Encoder", "encode_rows", "load_encoded", "raw_pixels", "read_manifest"]
@@ -120,7 +120,8 @@ def encode_rows(
 def load_encoded(output_dir: str | os.PathLike) -> Dataset:
     """Opens encoded rows by memory map; arrays come as NumPy in the type they were stored in, the rest as Python.
 
-    Reading a batch of rows at once costs little more than reading one.
+    Of each shard the size is compared with its checksum, and no row is read. Reading a batch of rows at once costs
+    little more than reading one.
 
     Args:
         output_dir (`str` or `os.PathLike`): Folder that [`encode_rows`] wrote.
@@ -129,14 +130,13 @@ def load_encoded(output_dir: str | os.PathLike) -> Dataset:
         `Dataset`: The rows in their order.
 
     Raises:
-        ValueError: If the folder is no such folder or shards are missing.
+        ValueError: If the folder is no such folder, or shards are missing or cut off.
     """
     folder = Path(output_dir)
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"`output_dir`={str(folder)!r} has no {MANIFEST}, so it holds no encoded images.")
-    paths = shard_paths(folder, manifest["num_shards"])
-    rows = concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    rows = open_shards(folder, manifest["num_shards"])
     names = list(manifest["columns"])
     return rows.with_format(
         "numpy", columns=names, output_all_columns=True, dtype=_array_dtype(rows.features[names[0]])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
-from .shards import read_checksum, read_manifest, shard_paths
+from .shards import open_shards, read_manifest
 
 
 IDS, SCORES = "neighbor_ids", "neighbor_scores"
@@ -29,10 +29,7 @@ def open_neighbors(folder: str | os.PathLike) -> Dataset:
     manifest = read_manifest(folder)
     if manifest is None or "memory_rows_digest" not in manifest:
         raise ValueError(f"{str(folder)!r} holds no neighbours. Find them with recipes/build_retrieval_index.py.")
-    paths = shard_paths(Path(folder), manifest["num_shards"])
-    for path in paths:
-        read_checksum(path)
-    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+    return open_shards(Path(folder), manifest["num_shards"])
 
 
 def with_neighbors(

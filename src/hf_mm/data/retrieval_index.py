@@ -19,11 +19,12 @@ from faiss.contrib.ondisk import merge_ondisk
 
 from .fingerprints import digest_text
 from .retrieval_vectors import VectorFolder
-from .shards import first_row, is_intact, write_checksum, write_json
+from .shards import first_row, is_intact, measure_file, read_json, write_checksum, write_json
 
 
 COLUMN = "vector"
 INDEX, NOTE, TRAINED = "index.faiss", "index.json", "trained.faiss"
+LISTS, CHECKSUMS = "index.ivfdata", "checksums.json"
 MAX_FLAT_ROWS = 100_000
 PROBED_SHARE = 1 / 16  # ours: of an inverted file's lists; benchmarks/retrieval.py measures the recall it gives
 TRAINING_ROWS_PER_LIST = 64  # ours: FAISS warns below 39
@@ -88,10 +89,12 @@ def build_index(
     folder = Path(output_dir)
     factory = factory or choose_factory(vectors.manifest["num_rows"])
     note = {"factory": factory, "vectors": vectors.fingerprint, "num_rows": vectors.manifest["num_rows"]}
-    if _is_built(folder, note):
-        wait()  # for those that look later than others build
+    is_built = _is_built(folder, note)
+    wait()  # for those that look later than others build
+    if is_built:
+        if process_index == 0:
+            _remove_parts(folder)
         return folder
-    wait()
     folder.mkdir(parents=True, exist_ok=True)
     if process_index == 0:
         (folder / NOTE).unlink(missing_ok=True)  # what it tells of is about to be replaced
@@ -116,9 +119,10 @@ def build_index(
         if process_index == 0:
             _join(trained, parts, folder)
     if process_index == 0:
+        written = (path for path in (folder / INDEX, folder / LISTS) if path.exists())
+        write_json(folder / CHECKSUMS, {path.name: measure_file(path) for path in written})
         write_json(folder / NOTE, note)
-        for path in (*folder.glob("*-part-*"), *folder.glob(f"*-{TRAINED.split('.')[0]}.*")):
-            path.unlink()
+        _remove_parts(folder)
     wait()
     return folder
 
@@ -134,12 +138,16 @@ def open_index(folder: str | os.PathLike, vectors: VectorFolder) -> Dataset:
         `Dataset`: The vectors; `search_batch("vector", queries, k)` and the like search them.
 
     Raises:
-        ValueError: If there is no finished index, or it was built from other vectors.
+        ValueError: If there is no finished index, one that was cut off since, or one built from other vectors.
     """
     folder = Path(folder)
-    if not (folder / NOTE).exists():
+    note, checksums = read_json(folder / NOTE), read_json(folder / CHECKSUMS)
+    if note is None or checksums is None:
         raise ValueError(f"{str(folder)!r} has no finished index. Run build_retrieval_index.py again to finish it.")
-    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    for name, wanted in checksums.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != wanted["num_bytes"]:
+            raise ValueError(f"{path} is not as it was written. Run build_retrieval_index.py again to build it anew.")
     if note["vectors"] != vectors.fingerprint:
         raise ValueError(
             f"The index in {str(folder)!r} was built from vectors of fingerprint {note['vectors']}, and those in "
@@ -164,8 +172,19 @@ def _attach(index: Any, rows: Dataset) -> None:
 
 
 def _is_built(folder: Path, note: dict[str, Any]) -> bool:
-    path = folder / NOTE
-    return path.exists() and (folder / INDEX).exists() and json.loads(path.read_text(encoding="utf-8")) == note
+    """Whether an index of that note is there, and its bytes are those that were written."""
+    checksums = read_json(folder / CHECKSUMS)
+    if read_json(folder / NOTE) != note or checksums is None:
+        return False
+    return all(
+        (folder / name).exists() and measure_file(folder / name) == wanted for name, wanted in checksums.items()
+    )
+
+
+def _remove_parts(folder: Path) -> None:
+    """Removes what an inverted file was joined from."""
+    for path in (*folder.glob("*-part-*"), *folder.glob(f"*-{TRAINED.split('.')[0]}.*")):
+        path.unlink()
 
 
 def _make_index(dimension: int, factory: str) -> Any:
@@ -227,7 +246,7 @@ def _fill(trained: Path, vectors: VectorFolder, shard: int, path: Path) -> None:
 
 def _join(trained: Path, parts: list[Path], folder: Path) -> None:
     """Joins the parts on disk, one after the other."""
-    lists = folder / "index.ivfdata"
+    lists = folder / LISTS
     lists.unlink(missing_ok=True)  # left by a run that was cut off
     index = faiss.read_index(str(trained))
     merge_ondisk(index, [str(part) for part in parts], str(lists))

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from .caption_text import main_text
 from .clip_encoder import ClipEncoder, VectorError, document_vectors
 from .fingerprints import digest_rows, digest_text
-from .formats import TEXT_COLUMNS, ImageError, check_columns, open_image
+from .formats import TEXT_COLUMNS, ImageError, RowError, check_columns, check_texts, open_image
 from .shards import (
     MANIFEST,
     claim_folder,
@@ -232,9 +232,14 @@ class _RowEmbedder:
 
 
 def find_text(row: Mapping[str, Any]) -> str:
-    """Returns the text that a row is found by: its caption, else its keywords, or all text parts of a document."""
+    """Returns the text that a row is found by: its caption, else its keywords, or all text parts of a document.
+
+    Raises:
+        RowError: If a column of text holds something else.
+    """
     if row.get("content"):
-        return " ".join(part["text"] for part in row["content"] if part.get("text"))
+        return " ".join(part["text"] for part in _parts(row) if part.get("text"))
+    check_texts(row, "A row to be found")
     keywords = row.get("keywords") or ""
     return main_text(row) or (keywords if isinstance(keywords, str) else ", ".join(keywords))
 
@@ -242,8 +247,20 @@ def find_text(row: Mapping[str, Any]) -> str:
 def find_image(row: Mapping[str, Any]) -> Any:
     """Returns the picture that a row is found by, None where it has none; of a document, the first."""
     if row.get("content"):
-        return next((part["image"] for part in row["content"] if part.get("image") is not None), None)
+        return next((part["image"] for part in _parts(row) if part.get("image") is not None), None)
     return row.get("image")
+
+
+def _parts(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the parts of a document; refuses what is no list of them."""
+    parts = row["content"]
+    if not isinstance(parts, list) or not all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str | None) for part in parts
+    ):
+        raise RowError(
+            f"Column `content`: {parts!r} must be a list of parts, such as {{'type': 'text', 'text': 'a'}}."
+        )
+    return parts
 
 
 def _select(names: list[str], is_there: np.ndarray, column: str) -> list[str]:

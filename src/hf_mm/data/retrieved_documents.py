@@ -101,9 +101,11 @@ class MemoryBank:
             name (`str`): What an error calls it.
 
         Raises:
-            RowError: If a neighbour has a number that the bank has not.
+            RowError: If `neighbor_ids` is no list of numbers, or one of them the bank has not.
         """
-        ids, num_numbers = list(row[IDS]), len(self.rows if self.places is None else self.places)
+        ids, num_numbers = row[IDS], len(self.rows if self.places is None else self.places)
+        if not isinstance(ids, Sequence | np.ndarray) or not all(isinstance(one, int | np.integer) for one in ids):
+            raise RowError(f"{name}, column `{IDS}`: {ids!r} must be a list of row numbers.")
         if outside := [number for number in ids if not 0 <= number < num_numbers]:
             raise RowError(
                 f"{name}: its neighbour {outside[0]} is not in the memory bank, which has {num_numbers} rows. Find "

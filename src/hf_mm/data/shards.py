@@ -4,19 +4,22 @@ A shard is written elsewhere and renamed when whole, so whatever is found under 
 cut off goes on with the missing ones. Knows files and rows, not what is in them.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features
+from datasets import Dataset, Features, concatenate_datasets
 
 from .fingerprints import digest_file
 
 
 MANIFEST = "manifest.json"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def claim_folder(folder: Path, manifest: Mapping[str, Any], contents: str, notes: Mapping[str, Any] = {}) -> None:  # noqa: B006
@@ -29,12 +32,12 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any], contents: str, notes
         notes (`Mapping`): Written beside it, and not compared.
 
     Raises:
-        ValueError: If the folder holds what was made otherwise.
+        ValueError: If the folder holds what was made otherwise, or its manifest is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted, path = json.loads(json.dumps(manifest)), folder / MANIFEST
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+    there = read_manifest(folder)
+    if there is not None:
         different = {key: (there.get(key), wanted[key]) for key in wanted if there.get(key) != wanted[key]}
         if different:
             changes = "; ".join(f"`{key}` was {old}, now {new}" for key, (old, new) in different.items())
@@ -44,17 +47,41 @@ def claim_folder(folder: Path, manifest: Mapping[str, Any], contents: str, notes
 
 
 def read_manifest(name: str | os.PathLike) -> dict[str, Any] | None:
-    """Reads what made the rows of a folder; None where the name is of another source."""
+    """Reads what made the rows of a folder; None where the name is of another source.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     path = Path(name) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    if (manifest := read_json(path)) is None:
+        raise ValueError(f"{path} is damaged, so nobody knows what made {name}. Delete that folder and make it anew.")
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file; None where there is none, or no whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, and folders for it, so that it is there whole or not at all."""
+    """Writes a JSON file, and folders for it, so that it is there whole or not at all; many may write the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    draft.replace(path)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    while True:
+        draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        try:
+            draft.replace(path)
+        except FileNotFoundError:  # another process took it for one that was left
+            continue
+        return
 
 
 def shard_path(folder: Path, shard: int, num_shards: int) -> Path:
@@ -100,21 +127,39 @@ def _map_shard(
     shutil.rmtree(draft, ignore_errors=True)  # left by a run that was cut off
     draft.mkdir()
     start = first_row(len(rows), shard, num_shards)
-    rows.shard(num_shards, shard, contiguous=True).map(
-        lambda batch, numbers: function(batch, [start + number for number in numbers]),
-        batched=True,
-        batch_size=batch_size,
-        with_indices=True,
-        remove_columns=remove_columns,
-        features=features,
-        cache_file_name=str(draft / path.name),
-        load_from_cache_file=False,
-        new_fingerprint=f"{shard:05d}-{os.getpid()}",  # else the function is pickled to be hashed
-        desc=f"{verb} shard {shard + 1} of {num_shards}",
-    )
+    with _explained_disk_errors(path, draft):
+        rows.shard(num_shards, shard, contiguous=True).map(
+            lambda batch, numbers: function(batch, [start + number for number in numbers]),
+            batched=True,
+            batch_size=batch_size,
+            with_indices=True,
+            remove_columns=remove_columns,
+            features=features,
+            cache_file_name=str(draft / path.name),
+            load_from_cache_file=False,
+            # Else the function is pickled to be hashed. It is part of the file, so the same whenever that is made.
+            new_fingerprint=f"{digest_file(folder / MANIFEST)}-{shard:05d}",
+            desc=f"{verb} shard {shard + 1} of {num_shards}",
+        )
     (draft / path.name).replace(path)
     shutil.rmtree(draft)
     return path
+
+
+@contextmanager
+def _explained_disk_errors(path: Path, draft: Path) -> Iterator[None]:
+    """Says that the disk is full where it is, which datasets hides behind the errors of its clean-up."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+                shutil.rmtree(draft, ignore_errors=True)
+                told = f"{cause.strerror}. Make room, and the same command goes on"
+                raise OSError(cause.errno, told, str(path)) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def map_shards(
@@ -134,7 +179,7 @@ def map_shards(
         rows (`Dataset`): The same in every process.
         function (`Callable`): Takes a batch and the numbers of its rows among all.
         features (`Features`): Of what it returns and of the columns that stay.
-        folder (`Path`): For the files.
+        folder (`Path`): For the files; its manifest is there.
         num_shards (`int`): Files to write.
         process_index (`int`, defaults to 0): Writes shards `process_index, process_index + num_processes, ...`.
         num_processes (`int`, defaults to 1): How many there are.
@@ -160,18 +205,31 @@ def shard_paths(folder: Path, num_shards: int) -> list[Path]:
     return paths
 
 
+def open_shards(folder: Path, num_shards: int) -> Dataset:
+    """Opens all shards by memory map, one behind the other; sizes are compared with the checksums.
+
+    Raises:
+        ValueError: If some are missing or cut off.
+    """
+    paths = shard_paths(folder, num_shards)
+    for path in paths:
+        read_checksum(path)
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+
+
+def measure_file(path: Path) -> dict[str, Any]:
+    """Measures size and digest of a file."""
+    return {"num_bytes": path.stat().st_size, "blake2b": digest_file(path)}
+
+
 def write_checksum(path: Path) -> None:
     """Writes size and digest of a finished file beside it."""
-    write_json(path.with_suffix(".json"), {"num_bytes": path.stat().st_size, "blake2b": digest_file(path)})
+    write_json(path.with_suffix(".json"), measure_file(path))
 
 
 def is_intact(path: Path) -> bool:
     """Whether a file is there with its checksum, and its bytes are those that were written."""
-    note = path.with_suffix(".json")
-    if not path.exists() or not note.exists():
-        return False
-    wanted = json.loads(note.read_text(encoding="utf-8"))
-    return path.stat().st_size == wanted["num_bytes"] and digest_file(path) == wanted["blake2b"]
+    return path.exists() and read_json(path.with_suffix(".json")) == measure_file(path)
 
 
 def read_checksum(path: Path) -> str:
@@ -180,8 +238,7 @@ def read_checksum(path: Path) -> str:
     Raises:
         ValueError: If there is no checksum or the size is another.
     """
-    note = path.with_suffix(".json")
-    wanted = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if wanted is None or wanted["num_bytes"] != path.stat().st_size:
+    wanted = read_json(path.with_suffix(".json"))
+    if wanted is None or wanted.get("num_bytes") != path.stat().st_size:
         raise ValueError(f"{path} is not as it was written. Run the same command again: it makes such shards anew.")
     return wanted["blake2b"]

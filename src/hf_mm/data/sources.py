@@ -72,7 +72,7 @@ def open_rows(
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` when streaming: pair rows, documents, or rows with encoded
-        images (which are never streamed).
+        images.
 
     Raises:
         ValueError: If the source or a named column is not there.
@@ -86,7 +86,8 @@ def open_rows(
             return icon_scenes_stream(arguments.num_scenes, split=arguments.dataset_split, **fields)
         return _draw_splits(arguments, num_proc=num_proc, **fields)
     if (Path(name) / MANIFEST).exists():
-        return _open_encoded(arguments, image_size)
+        rows = _open_encoded(arguments, image_size)
+        return rows.with_format(None).to_iterable_dataset(num_shards=len(rows.cache_files)) if streaming else rows
     return load_rows(
         name,
         split=arguments.dataset_split,
@@ -170,16 +171,16 @@ def _open_encoded(arguments: DatasetArguments, image_size: int) -> Dataset:
 
 
 def prepare_rows(
-    rows: Dataset,
+    rows: Rows,
     arguments: DatasetArguments,
     caption_arguments: CaptionArguments,
     tokenizer: PreTrainedTokenizerBase | None,
     document_limit: DocumentLimit | None = None,
-) -> tuple[Dataset, CaptionReport | None]:
+) -> tuple[Rows, CaptionReport | None]:
     """Cleans and filters rows as the recipe says; embedded scenes are clean already, as are encoded images themselves.
 
     Args:
-        rows (`Dataset`): From `open_rows`.
+        rows (`Dataset` or `IterableDataset`): From `open_rows`.
         arguments (`DatasetArguments`): Tells the source.
         caption_arguments (`CaptionArguments`): What to do.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Counts tokens for `max_caption_tokens`; rows whose text
@@ -187,7 +188,7 @@ def prepare_rows(
         document_limit ([`DocumentLimit`], *optional*): Longer documents are dropped.
 
     Returns:
-        `tuple[Dataset, CaptionReport | None]`: the rows left, and what was dropped and why.
+        `tuple[Rows, CaptionReport | None]`: the rows left, and what was dropped and why.
     """
     reserved = () if tokenizer is None else tokenizer.all_special_tokens
     share = caption_arguments.max_unreadable_share

@@ -42,6 +42,7 @@ def format_boxes(objects: Sequence[Mapping[str, Any]], image_size: tuple[int, in
     """
     if not objects:
         raise ValueError("`objects` is empty; there must be at least one.")
+    check_objects(objects)
     height, width = image_size
     steps = (grid / width, grid / height) * 2
     texts = []
@@ -77,6 +78,19 @@ def parse_boxes(text: str) -> list[dict[str, Any]]:
             raise ValueError(f"{part!r} is no object. It must read 'NAME at location (x1, y1) -> (x2, y2)'.")
         objects.append({"label": match[1], "box": [int(value) for value in match.groups()[1:]]})
     return objects
+
+
+def check_objects(objects: Any) -> None:
+    """Refuses what is no list of objects with a label and a box.
+
+    Raises:
+        ValueError: Naming the first that is none.
+    """
+    if not isinstance(objects, Sequence) or isinstance(objects, str | bytes):
+        raise ValueError(f"`objects`={objects!r} must be a list of {{'label', 'box'}}.")
+    for number, item in enumerate(objects):
+        if not isinstance(item, Mapping) or not {"label", "box"} <= item.keys():
+            raise ValueError(f"`objects[{number}]`={item!r} must have a `label` and a `box`.")
 
 
 def check_box(box: Any, image_size: tuple[int, int], field: str = "box") -> list[float]:
@@ -129,8 +143,9 @@ def crop_boxes(
         edges; and the side of the square in pixels.
 
     Raises:
-        ValueError: If a box is inverted or outside the picture.
+        ValueError: If an object has no label or box, or a box is inverted or outside the picture.
     """
+    check_objects(objects)
     height, width = image_size
     side = min(height, width)
     shifts = ((width - side) / 2, (height - side) / 2) * 2
@@ -160,20 +175,30 @@ def convert_boxes(
             in parts of the picture's width and height).
 
     Returns:
-        `list[dict]`: `{"label", "box"}` in pixels. Nothing is checked here.
+        `list[dict]`: `{"label", "box"}` in pixels. Whether boxes are in the picture is not checked here.
 
     Raises:
-        ValueError: If a field is not there.
+        ValueError: If a field is not there, or a box is no list of numbers.
     """
     if isinstance(objects, Mapping):
+        lists = [value for value in objects.values() if isinstance(value, Sequence) and not isinstance(value, str)]
+        if len(lists) < len(objects) or len(set(map(len, lists))) > 1:
+            raise ValueError(f"`objects`={objects!r}: each field must be a list, all of one length.")
         objects = [dict(zip(objects, values, strict=True)) for values in zip(*objects.values(), strict=True)]
     keys = [box_key] if isinstance(box_key, str) else list(box_key)
     height, width = image_size
     converted = []
+    if objects is not None and not (
+        isinstance(objects, Sequence) and all(isinstance(item, Mapping) for item in objects)
+    ):
+        raise ValueError(f"`objects`={objects!r} must be a list of objects with the fields {[label_key, *keys]}.")
     for item in objects or []:
         if missing := [key for key in (label_key, *keys) if key not in item]:
-            raise ValueError(f"`objects`: the fields {missing} are not there. Fields here: {sorted(item)}.")
-        box = list(item[keys[0]]) if isinstance(box_key, str) else [item[key] for key in keys]
+            raise ValueError(f"`objects`: the fields {missing} are not there. Fields here: {list(item)}.")
+        box = item[keys[0]] if isinstance(box_key, str) else [item[key] for key in keys]
+        if not isinstance(box, Sequence) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+            raise ValueError(f"`{label_key}`={item[label_key]!r} has the box {box!r}; it must be four numbers.")
+        box = list(box)
         if box_format == "xywh":
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         if box_format == "fractions":

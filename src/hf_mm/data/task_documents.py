@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from .formats import RowError
 from .task_templates import Task, answer_last, conversation_parts, fill_template, fitting_templates
 
 
@@ -150,6 +151,8 @@ class TaskContent:
             return [self._place(part, part) for part in conversation_parts(row["messages"])]
         task: Task = row[TASK]
         templates = fitting_templates(task, row)
+        if not templates:
+            raise RowError(f"A row of task {task.name!r} fills none of its templates: {task.slots()}.")
         template = templates[int(torch.randint(len(templates), (1,), generator=generator))]
         draw = torch.rand((), generator=generator)
         parts = fill_template(task, row, template)

@@ -289,6 +289,8 @@ def check_task_row(task: str | Task, row: Mapping[str, Any], number: int | None 
             boxes are inverted or outside the picture.
     """
     task = find_task(task)
+    if not isinstance(row, Mapping):
+        raise RowError(f"Row {number}: {type(row).__name__}, must be a mapping with the slots of {task.name!r}.")
     sizes = {}
     for slot in task.image_slots:
         try:

@@ -376,6 +376,8 @@ class _PictureCell:
             picture = {"bytes": picture, "path": None}
         if isinstance(picture, str):
             picture = {"bytes": None, "path": picture}
+        if picture is not None and not (isinstance(picture, Mapping) and {"bytes", "path"} & picture.keys()):
+            raise RowError(f"{where}: {type(picture).__name__}, must be a picture, its bytes or its path.")
         return {self.slot: picture}
 
 

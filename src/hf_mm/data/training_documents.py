@@ -63,7 +63,7 @@ class TrainingDocuments(torch.utils.data.Dataset[Document], ABC):
 
     def __getitem__(self, key: SampleKey) -> Document:
         """Builds the document of one sample."""
-        return self._build(self.sources[key.source][key.row], key)
+        return self.build(self.sources[key.source][key.row], key)
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list[Document]:
         """Builds the documents of a batch; rows are read together, which costs less."""
@@ -71,10 +71,10 @@ class TrainingDocuments(torch.utils.data.Dataset[Document], ABC):
         for key in keys:
             numbers.setdefault(key.source, []).append(key.row)
         rows = {source: iter(self.sources[source].__getitems__(wanted)) for source, wanted in numbers.items()}
-        return [self._build(next(rows[key.source]), key) for key in keys]
+        return [self.build(next(rows[key.source]), key) for key in keys]
 
-    def _build(self, row: dict[str, Any], key: SampleKey) -> Document:
-        """Builds the document of one row."""
+    def build(self, row: dict[str, Any], key: SampleKey) -> Document:
+        """Builds the document of a row that is at hand, as the sample of a key."""
         generator = sample_generator(self.seed, key.number)
         if self.task_content is not None and TASK in row:
             return self._lay_out(row, self.task_content(row, generator), None, key, generator)

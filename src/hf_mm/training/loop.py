@@ -5,6 +5,7 @@ modalities, data, or what is done every so many steps.
 """
 
 import math
+import re
 import signal
 import threading
 import time
@@ -18,13 +19,14 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, tqdm
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .history import append_history, draw_loss_curves, read_history, truncate_history
 from .optimization import TrainingParts, trainable_parameters
 from .recipe import TrainingRecipe
+from .trackers import log_to_trackers
 
 
 Batch = dict[str, torch.Tensor]
@@ -110,7 +112,9 @@ def train(
         `"max_steps"` or `"max_train_seconds"`: What ended training.
 
     Raises:
-        FloatingPointError: If loss or gradient is not finite. The batch is saved, and the weights stay as they were.
+        FloatingPointError: If loss or gradient is not finite. The batch is saved, and a checkpoint of the step before
+            it, so that the same command meets it again; `read_window` reads it.
+        RuntimeError: If a process that prepares batches died.
         SystemExit: After SIGTERM or Ctrl-C: the step is finished and a checkpoint saved. A second Ctrl-C ends at once.
 
     """
@@ -122,12 +126,17 @@ def train(
     stop, saved_step = None, progress.step
     parts.model.train()
     bar = tqdm(total=recipe.max_steps, initial=progress.step, desc="train", dynamic_ncols=True)
-    with bar, _noticed_signals() as received:
+    with bar, _noticed_signals() as received, _explained_worker_faults(recipe):
         while progress.step < recipe.max_steps and stop is None:
             began = time.monotonic()
             window = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
             flags = [*(int(name in received) for name in STOP_SIGNALS), int(began > deadline)]
-            stop = _take_step(accelerator, parts, window, recipe, progress, count_targets, loss_parts, flags)
+            try:
+                stop = _take_step(accelerator, parts, window, recipe, progress, count_targets, loss_parts, flags)
+            except FloatingPointError:
+                if saved_step != progress.step:
+                    save(progress.step)  # with which the same command meets the same batch at once
+                raise
             progress.add("step_seconds", time.monotonic() - began)
             bar.update()
             if progress.step % recipe.logging_steps == 0:
@@ -246,13 +255,13 @@ def _refuse(
     partial.replace(path)
     raise FloatingPointError(
         f"At step {step} the loss is {values['loss']} and the gradient norm {values['grad_norm']}. The batch is in "
-        f"{path}; the weights are those after step {step - 1}. Inspect the batch, or lower "
+        f"{path}; the weights are those after step {step - 1}, in checkpoint-{step - 1}. Inspect the batch, or lower "
         f"`learning_rate`={recipe.learning_rate}."
     )
 
 
 def _log(accelerator: Accelerator, entry: Mapping[str, float], step: int, history_path: Path) -> None:
-    accelerator.log({f"train/{name}": value for name, value in entry.items()}, step=step)
+    log_to_trackers(accelerator, {f"train/{name}": value for name, value in entry.items()}, step)
     if accelerator.is_main_process:
         append_history(history_path, {"step": step, **entry})
 
@@ -267,6 +276,38 @@ def _run_actions(
             with torch.random.fork_rng(devices):
                 action(step)
             model.train()
+
+
+def read_window(path: str | Path) -> list[Batch]:
+    """Reads the micro-batches that gave no finite loss or gradient, as one process had them.
+
+    Args:
+        path (`str` or `Path`): A `non_finite_step_N_process_P.safetensors` of a run.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: Arguments of the model's `forward`, one dictionary per micro-batch.
+
+    """
+    window: dict[int, Batch] = {}
+    for key, tensor in load_file(path).items():
+        number, _, name = key.partition(".")
+        window.setdefault(int(number), {})[name] = tensor
+    return [window[number] for number in sorted(window)]
+
+
+@contextmanager
+def _explained_worker_faults(recipe: TrainingRecipe) -> Iterator[None]:
+    """Says what to do after a worker of the data loader died, of which torch tells wherever the run is just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(r"DataLoader worker \(pid", str(error)):
+            raise
+        raise RuntimeError(
+            f"A process that prepares batches died: {str(error).strip()} The same command goes on from the newest "
+            f"checkpoint in {recipe.output_dir}. Where memory ran out lower "
+            f"`dataloader_num_workers`={recipe.dataloader_num_workers}."
+        ) from error
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
             raise ValueError(
                 f"`gradient_checkpointing`=True, but {type(model).__name__} has no support. Set it to false."
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if recipe.torch_compile:
         model.compile()  # in place: the names in the state dict stay as they are
     optimizer = build_optimizer(model, recipe)

@@ -7,6 +7,7 @@ data, or what a step does.
 import argparse
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
 from transformers import HfArgumentParser
+
+
+SHORTENED = reprlib.Repr()  # a list of lists that are the same is small as YAML, and may be without end as text
+SHORTENED.maxlevel = 2
 
 
 def parse_recipe(*dataclass_types: type, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -79,7 +84,14 @@ def _flag_name(word: str) -> str:
 def _read_recipe_file(path: Path, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"`--config`={path} is no file. Give the path of a recipe YAML, e.g. under recipes/configs/.")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # no UTF-8, a date that is none, brackets without end
+        raise ValueError(f"{path} is no YAML: {error}. A recipe is flat YAML of `field: value` lines.") from error
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
@@ -123,9 +135,13 @@ def _convert(value: Any, action: argparse.Action, *, where: str) -> Any:
         return None
     is_list = action.nargs == "*"
     if isinstance(value, dict) or (isinstance(value, list) and not is_list):
-        raise ValueError(f"{where}: `{action.dest}`={value!r} is nested. Write one plain value.")
+        raise ValueError(f"{where}: `{action.dest}`={SHORTENED.repr(value)} is nested. Write one plain value.")
     if is_list:
         items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (dict, list)) for item in items):
+            raise ValueError(
+                f"{where}: `{action.dest}`={SHORTENED.repr(value)} is nested. Write a list of plain values."
+            )
         return [_convert_one(item, action, where) for item in items]
     return _convert_one(value, action, where)
 

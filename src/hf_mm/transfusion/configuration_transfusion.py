@@ -29,6 +29,9 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 }
 
 
+# Beyond every model there is: a number of layers that is a slip of the pen is not built until memory is full.
+MAX_LAYERS = 1024
+
 # Channels of each U-Net level by patch size. Source: Transfusion, section 4.3 (0.27B for both ways, whatever the
 # backbone); the plan is ours, and gives 259M to 268M over the presets and patch sizes. The paper runs 1 without one.
 UNET_BLOCK_OUT_CHANNELS: dict[int, tuple[int, ...]] = {
@@ -134,6 +137,21 @@ class TransfusionConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuses fields out of range; part of the `@strict` validation."""
+        check_image_tokenizer("vae_config", self.vae_config)
+        for name in (
+            "num_channels",
+            "image_size",
+            "num_train_timesteps",
+            "num_inference_steps",
+            "unet_layers_per_block",
+        ):
+            if (value := self.__dict__[name]) < 1:
+                raise ValueError(f"`{name}`={value} must be at least 1.")
+        layers = {"unet_layers_per_block": self.unet_layers_per_block}
+        layers["text_config.num_hidden_layers"] = self.text_config.num_hidden_layers
+        for name, value in layers.items():
+            if value > MAX_LAYERS:
+                raise ValueError(f"`{name}`={value} must be at most {MAX_LAYERS}.")
         choices = {
             "patch_layer": PATCH_LAYERS,
             "patch_size": PATCH_SIZES,
@@ -171,12 +189,19 @@ class TransfusionConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Builds the configuration that was saved; refuses another family's, which would fill up with defaults."""
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A configuration is a JSON object of fields, and this is {config_dict!r}.")
         if (family := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(
                 f"`model_type`={family!r} is not {cls.model_type!r}: this checkpoint is of another family. A Llama "
                 "checkpoint is started from with `TransfusionForConditionalGeneration.from_llama`."
             )
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The configuration has a field of the wrong type ({type(error).__name__}: {error}): {config_dict!r}."
+            ) from error
 
     @property
     def vae_stride(self) -> int:
@@ -237,6 +262,22 @@ class TransfusionConfig(PreTrainedConfig):
             "max_position_embeddings": 4096,
         }
         return cls(text_config=text_config, **fields)
+
+
+def check_image_tokenizer(field: str, config: dict[str, Any] | None) -> None:
+    """Refuses a configuration of an image tokenizer that lacks its levels, or has absurdly many layers.
+
+    Raises:
+        ValueError: Naming the field and its value.
+    """
+    widths = [1] if config is None else config.get("block_out_channels")
+    if not isinstance(widths, list | tuple) or not widths or not all(isinstance(width, int) for width in widths):
+        raise ValueError(
+            f"`{field}` has `block_out_channels`={widths!r}; it must be the channels of each level, a list."
+        )
+    layers = 1 if config is None else config.get("layers_per_block", 1)
+    if not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS:
+        raise ValueError(f"`{field}` has `layers_per_block`={layers!r}; it must lie between 0 and {MAX_LAYERS}.")
 
 
 __all__ = ["TransfusionConfig"]

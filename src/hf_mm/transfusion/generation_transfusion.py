@@ -368,7 +368,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         shape = self._latent_shape(len(attention_mask), height, width)
         self._check_drawing(scales, textless is not None, num_steps, scheduler, latents, shape, generator)
         device = attention_mask.device
-        set_timesteps(scheduler, num_steps, device)
+        set_timesteps(scheduler, num_steps, torch.device("cpu"))  # it asks for their values, and no step may wait
         is_flow = self.config.prediction_type == "flow_prediction"
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -381,11 +381,10 @@ class TransfusionGenerationMixin(GenerationMixin):
         grid = self._grid(shape)
         block_cache = with_image_room(cache, math.prod(grid))
         mask, position_ids = self.image_mask(prefix_mask, block_cache, grid)
-        for step, timestep in enumerate(scheduler.timesteps):
+        for step, (timestep, time) in enumerate(zip(scheduler.timesteps, scheduler.timesteps.to(device), strict=True)):
             inputs = latents if is_flow else scheduler.scale_model_input(latents, timestep)
             inputs = torch.cat([inputs] * num_streams)
-            times = timestep.expand(len(inputs))
-            predictions = self.predict_noise(inputs, times, block_cache, mask, position_ids).float()
+            predictions = self.predict_noise(inputs, time.expand(len(inputs)), block_cache, mask, position_ids).float()
             prediction = fold_streams(predictions.chunk(num_streams), scales)
             latents = scheduler_step(prediction, timestep, latents, return_dict=False)[0]
             if callback is not None:

@@ -34,9 +34,15 @@ from .layout_transfusion import (
     image_block_ids,
     refuse_leaky_packing,
 )
+from .loading_transfusion import refuse_damaged, refuse_unbuildable
+from .losses_transfusion import sum_in_pieces
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess, sample_timesteps
 from .patching_transfusion import UNetPatchIn, build_patch_layers
 from .places_transfusion import PlaceRotaryEmbedding, add_places
+
+
+# Scores that the text loss holds at a time, 64 MiB in float32.
+MAX_SCORES = 2**24
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -55,6 +61,22 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     # The library's any-to-any pipeline refuses image input without torchvision, which nothing here needs.
     input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a checkpoint as every model of transformers does.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub id.
+            args: Those of the library.
+            kwargs: Likewise.
+
+        Raises:
+            OSError: If there is no such checkpoint, or its files are damaged or do not belong together.
+            ValueError: If it is of another family, or its configuration does not fit together.
+        """
+        with refuse_damaged(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights and zero biases, as in the backbone."""
@@ -82,13 +104,16 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        with refuse_unbuildable("text_config"):
+            self.language_model = AutoModel.from_config(config.text_config)
         if config.patch_positions == "rotary":
             self.language_model.rotary_emb = PlaceRotaryEmbedding(config, self.language_model.rotary_emb)
-        self.patch_in, self.patch_out = build_patch_layers(config)
+        with refuse_unbuildable("unet_block_out_channels"):
+            self.patch_in, self.patch_out = build_patch_layers(config)
         self.vae = None
         if config.vae_config is not None:
-            self.vae = AutoencoderKL.from_config(config.vae_config).requires_grad_(False).eval()
+            with refuse_unbuildable("vae_config"):
+                self.vae = AutoencoderKL.from_config(config.vae_config).requires_grad_(False).eval()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -437,12 +462,18 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, Transfusio
     def _text_loss(
         self, hidden: torch.Tensor, targets: torch.Tensor, index: torch.Tensor | None, num_items: Any
     ) -> torch.Tensor:
-        """Cross-entropy at the positions of `index`, the only ones whose logits are computed."""
+        """Cross-entropy at the positions of `index`, the only ones whose scores are computed, and not all at once."""
         flat, wanted = hidden.flatten(0, 1), targets.flatten()
         if index is not None:
             flat, wanted = flat[index], wanted[index]
-        total = F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=-100, reduction="sum")
+        num_positions = max(1, MAX_SCORES // self.config.text_config.vocab_size)
+        weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
+        (total,) = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
         return total / ((wanted != -100).sum().clamp(min=1) if num_items is None else num_items)
+
+    def _sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor]:
+        """Sums the cross-entropy of positions `(number, D)`."""
+        return (F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="sum"),)
 
     def _predict_images(self, hidden: torch.Tensor, images: ImageStates, shape: torch.Size) -> torch.Tensor:
         """Turns the hidden states of the patches into predictions, padded like the latents of `shape`."""

@@ -5,7 +5,8 @@ file of the family, so that it can travel to a Hub repo alone.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,6 +18,42 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_IMAGE_GUIDANCE_SCALE = 1.5  # with a picture
+
+
+def check_numbers(names: Mapping[str, Any], kind: type, wanted: str) -> None:
+    """Refuses arguments that are no numbers of a kind; None stands for a default.
+
+    Raises:
+        ValueError: Naming the argument and its value.
+    """
+    for name, value in names.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise ValueError(f"`{name}`={value!r} must be {wanted}.")
+
+
+def check_generator(generator: Any) -> None:
+    """Refuses what is neither a generator nor a list of them.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator`={generator!r} must be a `torch.Generator` or a list of them.")
+
+
+def list_prompts(prompt: Any, num_images: int) -> list[str]:
+    """Lists the prompts of pictures, one for each.
+
+    Raises:
+        ValueError: If they are no strings, or not as many as the pictures.
+    """
+    prompts = [prompt] * num_images if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"`prompt`={prompt!r} must be a string or a list of strings.")
+    if not num_images or len(prompts) != num_images:
+        raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {num_images}; give one per picture.")
+    return prompts
 
 
 class TransfusionPipeline(DiffusionPipeline):
@@ -175,6 +212,14 @@ class TransfusionPipeline(DiffusionPipeline):
             ValueError: If an argument is out of range, or the prompt leaves no room for the picture.
         """
         self.check_inputs(prompt, image, output_type, callback_on_step_end_tensor_inputs)
+        sides = {"height": height, "width": width}
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_prompt": num_images_per_prompt}
+        check_numbers({**sides, **counts}, Integral, "a whole number")
+        check_numbers(
+            {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}, Real, "a number"
+        )
+        check_numbers({"latents": latents}, torch.Tensor, "a tensor")
+        check_generator(generator)
         config = self.model.config
         prompts = [prompt] if isinstance(prompt, str) else prompt
         images = None if image is None else image if isinstance(image, list) else [image]
@@ -245,9 +290,8 @@ class TransfusionPipeline(DiffusionPipeline):
             ValueError: If the prompts are a list, and not as many as the pictures.
         """
         images = image if isinstance(image, list) else [image]
-        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-        if len(prompts) != len(images):
-            raise ValueError(f"`prompt` has {len(prompts)} entries and `image` {len(images)}; give one per picture.")
+        prompts = list_prompts(prompt, len(images))
+        check_numbers({"max_new_tokens": max_new_tokens}, Integral, "a whole number")
         # The space in front of an answer belongs to its first word, as in training.
         inputs = self._encode([self.processor.image_token + text.rstrip(" ") for text in prompts], images, 0)
         max_new_tokens = min(max_new_tokens, self.model.num_free_positions(inputs["attention_mask"]))
@@ -287,6 +331,7 @@ class TransfusionPipeline(DiffusionPipeline):
         Returns:
             `list[list[str | PIL.Image.Image]]`: for each prompt what was added, in order.
         """
+        check_numbers({"max_images": max_images, "max_new_tokens": max_new_tokens}, Integral, "a whole number")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         draw_kwargs = {
             "height": height,
@@ -345,9 +390,10 @@ class TransfusionPipeline(DiffusionPipeline):
             >>> messages += [pipe.chat(messages)]  # doctest: +SKIP
 
         """
-        if messages and messages[-1].get("role") == "assistant":
-            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
+        check_numbers({"max_images": max_images, "max_new_tokens": max_new_tokens}, Integral, "a whole number")
         inputs = self.processor.encode_conversations([messages], return_tensors="pt")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("`messages` ends with the assistant's; append the user's next message.")
         inputs.pop("assistant_masks")
         (parts,) = self.model.generate_interleaved(
             **inputs.to(self._execution_device),

@@ -4,7 +4,9 @@ A document is `<s> ... </s>` with each image as `<boi> patches <eoi>` where it s
 ids and pictures; what the model makes of them, and the noise, are elsewhere.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from transformers import PreTrainedConfig
 from transformers.image_processing_utils import BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .conversation_transfusion import CHAT_TEMPLATE, ConversationMixin
+from .conversation_transfusion import CHAT_TEMPLATE, ConversationMixin, check_parts, check_text
 from .image_processing_transfusion import TransfusionImageProcessor
+from .loading_transfusion import refuse_damaged
 
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "boi_token", "eoi_token", "image_token")
@@ -93,6 +96,16 @@ class TransfusionProcessor(ConversationMixin):
         self.tokenizer.padding_side = "left"
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a processor as every one of transformers.
+
+        Raises:
+            OSError: If there is none, or its files are damaged.
+        """
+        with refuse_damaged(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_config(
         cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
     ) -> "TransfusionProcessor":
@@ -123,7 +136,7 @@ class TransfusionProcessor(ConversationMixin):
             `BatchFeature`: `input_ids`, `attention_mask` and, with pictures, `pixel_values` and `image_sizes`.
 
         Raises:
-            ValueError: If a prompt spells a special token, or places and pictures are not as many.
+            ValueError: If a prompt is no text or spells a special token, or places and pictures are not as many.
         """
         # The beginning of a document is laid out here; a text model's tokenizer must not add another.
         kwargs.setdefault("add_special_tokens", False)
@@ -150,6 +163,12 @@ class TransfusionProcessor(ConversationMixin):
         self, images: Any = None, text: Any = None, **kwargs: Any
     ) -> tuple[Any, Any, None, None]:
         """Lists the prompts; pictures without text become prompts of their own."""
+        if text is not None:
+            samples = [text] if isinstance(text, str) else text
+            if not isinstance(samples, list | tuple) or not samples:
+                raise ValueError(f"`text`={text!r} must be a string or a list of strings with at least one entry.")
+            for index, sample in enumerate(samples):
+                check_text(sample, f"`text`[{index}]")
         if text is None and images is not None:
             pictures = images if isinstance(images, list | tuple) else [images]
             text = [
@@ -221,6 +240,7 @@ class TransfusionProcessor(ConversationMixin):
             ValueError: If a text spells a special token, an image is no multiple of the patch size, or a part has no
                 known type.
         """
+        check_parts(content)
         tokenizer = self.tokenizer
         input_ids, labels, answer_mask = [tokenizer.bos_token_id], [-100], [0]
         is_answer = 0
@@ -248,17 +268,24 @@ class TransfusionProcessor(ConversationMixin):
             ids = tokenizer(part["text"], add_special_tokens=False)["input_ids"]
             return ids, ids
         if part["type"] == "image":
-            length = self._count_patches(*part["size"])
+            length = self._count_patches(part.get("size"))
             ids = [tokenizer.boi_token_id, *[self.image_token_id] * length, tokenizer.eoi_token_id]
             return ids, [tokenizer.boi_token_id, *[-100] * (length + 1)]
         if part["type"] == "end_of_turn":
             return [tokenizer.eos_token_id], [tokenizer.eos_token_id]
         raise ValueError(f"`type`={part['type']!r} of a document part is not one of {PART_TYPES}.")
 
-    def _count_patches(self, height: int, width: int) -> int:
+    def _count_patches(self, size: Any) -> int:
         """Patches of an image, refusing one that its patches do not fill."""
         side = self.image_processor.patch_size
-        if height % side or width % side or not (height and width):
+        if (
+            not isinstance(size, Sequence)
+            or len(size) != 2
+            or not all(isinstance(length, Integral) for length in size)
+        ):
+            raise ValueError(f"`size`={size!r} of a document part must be (height, width) in latent pixels.")
+        height, width = map(int, size)
+        if height % side or width % side or min(height, width) < 1:
             raise ValueError(
                 f"`size`={(height, width)} of a document part must be multiples of the patch size {side}."
             )

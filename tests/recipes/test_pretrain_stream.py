@@ -1,0 +1,66 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import pretrain_stream
+from hf_mm.training.checkpoint import list_checkpoints
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
+    return all(weight.equal(weights[1][name]) for name, weight in weights[0].items())
+
+
+@pytest.mark.parametrize("source", ["scenes", "codes"])
+def test_a_stopped_stream_goes_on_to_the_same_weights(make_words, request, source, tmp_path):
+    fields = request.getfixturevalue("codes") if source == "codes" else {}
+    fields |= {"shuffle_block_size": 5, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
+    whole = pretrain_stream.main(make_words("whole", **fields))
+    stopped = pretrain_stream.main(make_words("stopped", **fields))
+    assert same_weights(whole, stopped)
+    later = list_checkpoints(stopped)[-1]
+    later.rename(later.with_name("later"))
+    (stopped / "model.safetensors").unlink()
+    pretrain_stream.main(make_words("stopped", **fields))
+    assert same_weights(whole, stopped)
+    first, last = (json.loads((folder / "data_0.json").read_text()) for folder in list_checkpoints(whole))
+    assert (first["num_samples"], last["num_samples"]) == (8, 16) and first["rows"] != last["rows"]
+
+
+def test_what_needs_rows_by_number_is_refused(make_words, tmp_path):
+    for field, value in (("eval_dataset_split", "validation"), ("text_dataset_name", "me/texts"),
+                         ("people_oversampling", 2)):  # fmt: skip
+        with pytest.raises(ValueError, match=f"`{field}.* needs rows by number"):
+            pretrain_stream.main(make_words("run", **{field: value}))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_and_go_on(make_words, child_environment, tmp_path):
+    fields = {"shuffle_block_size": 5, "max_steps": 4, "save_steps": 2, "save_total_limit": "none"}
+
+    def train(folder: str) -> Path:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        script = str(ROOT / "recipes" / "pretrain_stream.py")
+        done = subprocess.run(
+            [*launcher, script, *make_words(folder, **fields)],
+            env=child_environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return tmp_path / folder
+
+    whole = train("whole")
+    places = [json.loads((list_checkpoints(whole)[-1] / f"data_{index}.json").read_text()) for index in (0, 1)]
+    assert [place["num_samples"] for place in places] == [16, 16]
+    os.rename(whole / "checkpoint-4", whole / "later")
+    weights = load_file(whole / "model.safetensors")
+    train("whole")
+    again = load_file(whole / "model.safetensors")
+    assert all(weight.equal(again[name]) for name, weight in weights.items())
