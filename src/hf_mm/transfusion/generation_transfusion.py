@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -48,6 +49,25 @@ def fold_streams(predictions: Sequence[torch.Tensor], scales: Sequence[float]) -
     for scale, upper, lower in zip(scales, predictions, predictions[1:], strict=False):
         folded = folded + (scale - 1) * (upper - lower)
     return folded
+
+
+def check_room(cache: DynamicCache, num_images_per_prompt: int) -> None:
+    """Refuses more images than memory holds, by what all their copies of a cache take.
+
+    Raises:
+        ValueError: If it does not suffice; it says how many images fit.
+    """
+    device = cache.layers[0].keys.device
+    free = psutil.virtual_memory().available
+    if device.type in ("cuda", "xpu"):
+        unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        free = torch.accelerator.get_memory_info(device)[0] + unused
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    if num_images_per_prompt * size > free:
+        raise ValueError(
+            f"`num_images_per_prompt`={num_images_per_prompt} needs {num_images_per_prompt * size / 2**30:.2f} GiB to "
+            f"keep what was read of the prompts; {free / 2**30:.2f} GiB are free, so fewer than {free // size} fit."
+        )
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -294,6 +314,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             attention_mask = F.pad(attention_mask, (0, 1), value=1)
         cache = self._read(input_ids, attention_mask, **images)
         if num_images_per_prompt > 1:
+            check_room(cache, num_images_per_prompt)
             cache.batch_repeat_interleave(num_images_per_prompt)
             attention_mask = attention_mask.repeat_interleave(num_images_per_prompt, 0)
         return cache, attention_mask
@@ -421,7 +442,7 @@ class TransfusionGenerationMixin(GenerationMixin):
     ) -> None:
         """Refuses arguments of a drawing that are out of range, before any work."""
         for name, scale in zip(("guidance_scale", "image_guidance_scale"), scales, strict=True):
-            if not 1 <= scale < math.inf:
+            if not 1 <= scale <= torch.finfo(torch.float32).max:
                 raise ValueError(f"`{name}`={scale} is below 1 or not finite. Use 1 to switch guidance off.")
         if scales[1] != 1 and not has_textless:
             raise ValueError(f"`image_guidance_scale`={scales[1]} needs an image to follow, and prompts without text.")
