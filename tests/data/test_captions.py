@@ -11,7 +11,14 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from hf_mm.data.caption_text import BOILERPLATE_PATTERNS, clean_text, clean_words, remove_boilerplate
-from hf_mm.data.captions import CaptionArguments, prepare_pairs, row_weights, sample_caption, weights_at
+from hf_mm.data.captions import (
+    CaptionArguments,
+    prepare_encoded,
+    prepare_pairs,
+    row_weights,
+    sample_caption,
+    weights_at,
+)
 from hf_mm.data.duplicates import difference_hash, first_occurrences, without_near_duplicates
 from hf_mm.data.formats import load_rows, open_image
 
@@ -367,3 +374,9 @@ def test_rows_that_spell_a_special_token_are_dropped_and_counted(tmp_path):
     kept, report = prepare_pairs(rows, CaptionArguments(), reserved=["<boi>", "<eoi>"])
     assert list(kept["text"]) == ["a red sheet", "a blue sheet"]
     assert report.dropped == {"special_token": 1}
+
+
+def test_descriptions_that_are_numbers_are_refused_by_their_row():
+    rows = Dataset.from_list([{"text": "a", "description": 1.5}])
+    with pytest.raises(ValueError, match="Row 0, column `description`: float, must be a string"):
+        prepare_encoded(rows, CaptionArguments())

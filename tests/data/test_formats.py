@@ -14,6 +14,7 @@ from hf_mm.data.formats import (
     ImageError,
     RowError,
     center_crop_resize,
+    check_columns,
     check_row,
     check_rows,
     iterate_captions,
@@ -344,3 +345,15 @@ def test_what_is_no_row_at_all_is_refused(row_format: str) -> None:
         check_row(None, 3, row_format)
     with pytest.raises(RowError, match="Row 3, column `keywords`: 7 must be"):
         check_row({"image": b"", "text": "a", "keywords": 7}, 3, "pair")
+
+
+def test_pictures_of_another_type_are_refused_by_their_column():
+    rows = Dataset.from_list([{"image": {"bytes": 3, "path": None}, "text": "a"}])
+    with pytest.raises(ValueError, match="`image` holds .*images, bytes or paths"):
+        check_columns(rows, "pair")
+
+
+def test_documents_of_strings_are_refused_where_their_captions_are_read():
+    rows = Dataset.from_list([{"content": ["a red star"]}])
+    with pytest.raises(RowError, match="`content`: 'a red star' must be a part"):
+        list(iterate_captions(rows))

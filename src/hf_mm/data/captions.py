@@ -20,7 +20,16 @@ from .caption_arguments import CaptionArguments
 from .caption_report import CaptionReport
 from .caption_text import caption_words, clean_parts, main_text, sample_caption
 from .duplicates import difference_hash, first_occurrences, pixel_hash, text_hash, without_near_duplicates
-from .formats import FACT_COLUMNS, TEXT_COLUMNS, ImageError, Rows, center_crop_resize, check_columns, open_image
+from .formats import (
+    FACT_COLUMNS,
+    TEXT_COLUMNS,
+    ImageError,
+    Rows,
+    center_crop_resize,
+    check_columns,
+    check_texts,
+    open_image,
+)
 
 
 __all__ = [
@@ -195,6 +204,7 @@ class _Judge:
 
     def clean(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """Cleans a row's text and judges what needs no image and no tokenizer."""
+        check_texts({column: row.get(column) for column in ("text", "description")}, f"Row {number}")
         parts, changes = clean_parts(row, self.patterns)
         row_id = str(number if row.get("id") is None else row["id"])
         hashes = dict.fromkeys(HASH_COLUMNS, 0)

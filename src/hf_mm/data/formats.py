@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 from datasets import (
     Dataset,
     Features,
@@ -165,7 +166,14 @@ def check_columns(rows: Rows, row_format: str) -> Rows:
         )
     for column, feature in rows.features.items():
         _check_type(column, feature)
-    return rows if rows.features["image"] == Image(decode=False) else rows.cast_column("image", Image(decode=False))
+    if rows.features["image"] == Image(decode=False):
+        return rows
+    try:
+        return rows.cast_column("image", Image(decode=False))
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(
+            f"Column `image` holds {rows.features['image']}; it must hold images, bytes or paths: {error}"
+        ) from error
 
 
 def check_row(row: Mapping[str, Any], number: int, row_format: str) -> None:
@@ -472,7 +480,11 @@ def iterate_captions(rows: Rows) -> Iterator[str]:
     """Yields every text, description, keyword list, category list and text part of the rows, reading no image."""
     present = [column for column in ("content", *TEXT_COLUMNS) if column in rows.column_names]
     for row in rows.select_columns(present):
-        yield from (part["text"] for part in row.pop("content", None) or () if part and part.get("text"))
+        for part in row.pop("content", None) or ():
+            if part is not None and not isinstance(part, Mapping):
+                raise RowError(f"Column `content`: {part!r} must be a part with a `type`, such as 'text' or 'image'.")
+            if part and part.get("text"):
+                yield part["text"]
         for value in row.values():
             if value:
                 yield value if isinstance(value, str) else ", ".join(value)
