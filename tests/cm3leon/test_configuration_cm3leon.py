@@ -63,6 +63,7 @@ VQ = {"num_vq_embeddings": 8192, "block_out_channels": [1, 1, 1, 1]}
         ({"image_size": 30, "vq_config": {**VQ, "block_out_channels": [1, 1, 1]}}, "image_size.*30.*4 pixels"),
         ({"max_position_embeddings": 1026}, "max_position_embeddings.*1026.*1024 codes.*1027"),
         ({"image_positions": "rows"}, "image_positions.*rows.*running.*grid.*rotary"),
+        ({"image_vocab_size": 10**30}, "image_vocab_size.*10{30} ids from"),
         ({"image_temperature": 0}, "image_temperature.*0.*above 0"),
         ({"image_guidance_scale": 0.5}, "image_guidance_scale.*0.5"),
         ({"vq_config": {**VQ, "num_vq_embeddings": 512}}, "image_vocab_size.*8192.*codebook, 512"),

@@ -181,7 +181,8 @@ class CM3LeonConfig(PreTrainedConfig):
         for name, ids in ranges.items():
             if not ids or ids[0] < 0 or ids[-1] >= self.vocab_size:
                 raise ValueError(
-                    f"`{name}`={len(ids)} ids from {ids.start} do not lie within the vocabulary of {self.vocab_size}."
+                    f"`{name}`={ids.stop - ids.start} ids from {ids.start} do not lie within the vocabulary of "
+                    f"{self.vocab_size}."
                 )
         codes, sentinels = ranges.values()
         if codes.start < sentinels.stop and sentinels.start < codes.stop:
