@@ -205,6 +205,14 @@ def test_a_pipeline_with_a_damaged_index_is_refused_by_name(folder, text, match)
         load_pipeline(str(folder), trust_remote_code=False)
 
 
+@pytest.mark.parametrize("family", ["transfusion"])
+def test_a_scheduler_of_an_unknown_kind_is_refused_by_the_checkpoints_name(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_schedule": 0}))
+    with pytest.raises(OSError, match="cannot be loaded.*0 is not implemented"):
+        load_pipeline(str(folder), trust_remote_code=False)
+
+
 def test_a_number_of_layers_without_end_is_refused_at_once(folder, family):
     config = json.loads((folder / "config.json").read_text())
     (config if family == "cm3leon" else config["text_config"])["num_hidden_layers"] = 2**30

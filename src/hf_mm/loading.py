@@ -21,6 +21,10 @@ from .text_to_image import CHECKPOINTS, DEFAULT_CHECKPOINT
 from .transfusion import TransfusionPipeline
 
 
+# What libraries raise about parts of a checkpoint that are cut off, changed or mixed up, beside errors of their own.
+DAMAGES = (AttributeError, IndexError, JSONDecodeError, KeyError, NotImplementedError, TypeError, UnicodeDecodeError)
+
+
 def find_checkpoint(model: str | None) -> str:
     """Finds a checkpoint that ships with the package by its name, such as `cm3leon-tiny`.
 
@@ -64,7 +68,7 @@ def load_pipeline(model: str | None, trust_remote_code: bool) -> DiffusionPipeli
         pipeline = DiffusionPipeline.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise missing_model(f"--model {name}", name, error) from error
-    except (AttributeError, KeyError, IndexError, TypeError, JSONDecodeError, UnicodeDecodeError) as error:
+    except DAMAGES as error:
         raise OSError(
             f"--model {name} cannot be loaded ({type(error).__name__}: {error}). Its files are damaged: get them anew."
         ) from error
