@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_mm.cm3leon import losses_cm3leon
-from hf_mm.transfusion import losses_transfusion, modeling_transfusion
+from hf_mm.transfusion import losses_transfusion, objective_transfusion
 
 
 def make_batch(config):
@@ -20,7 +20,7 @@ def test_loss_and_gradients_do_not_depend_on_how_many_scores_are_held(make_model
     num_targets = int(model.count_targets(batch)["num_items_in_batch"])
     assert num_targets == 12
     for held in (1000, 5, 1, 0.3):
-        monkeypatch.setattr(modeling_transfusion, "MAX_SCORES", int(held * vocab_size))
+        monkeypatch.setattr(objective_transfusion, "MAX_SCORES", int(held * vocab_size))
         model.zero_grad()
         sizes.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -40,7 +40,7 @@ def test_a_loss_in_pieces_without_gradients_is_the_same(make_model, monkeypatch)
     model = make_model().train()
     batch = make_batch(model.config)
     expected = model(**batch).loss
-    monkeypatch.setattr(modeling_transfusion, "MAX_SCORES", 2 * model.config.text_config.vocab_size)
+    monkeypatch.setattr(objective_transfusion, "MAX_SCORES", 2 * model.config.text_config.vocab_size)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).loss, expected)
 
@@ -49,7 +49,7 @@ def test_a_frozen_output_layer_gets_no_gradient(make_model, monkeypatch):
     model = make_model().train()
     model.lm_head.requires_grad_(False)
     batch = make_batch(model.config)
-    monkeypatch.setattr(modeling_transfusion, "MAX_SCORES", 2 * model.config.text_config.vocab_size)
+    monkeypatch.setattr(objective_transfusion, "MAX_SCORES", 2 * model.config.text_config.vocab_size)
     model(**batch).loss.backward()
     assert model.lm_head.weight.grad is None
     assert model.model.language_model.norm.weight.grad.any()
