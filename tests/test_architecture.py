@@ -1,6 +1,7 @@
 """The import rule, what a Hub loader can follow, and the sizes of files and functions."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +101,21 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
 def test_file_says_what_it_does(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def definitions(family: str) -> dict[str, str]:
+    """Functions and classes of a family's files by name, with no family's name in them."""
+    found = {}
+    for path in (ROOT / "src" / "hf_mm" / family).glob(f"*_{family}.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found[node.name] = re.sub(family, "family", ast.unparse(node), flags=re.IGNORECASE)
+    return found
+
+
+def test_what_both_families_have_is_the_same():
+    """Each family's files travel without the other's, so that they hold copies; a copy changed alone is a fault."""
+    ours, theirs = definitions("cm3leon"), definitions("transfusion")
+    shared = ours.keys() & theirs.keys() - {"ConversationMixin"}
+    assert len(shared) > 15
+    assert not {name for name in shared if ours[name] != theirs[name]}

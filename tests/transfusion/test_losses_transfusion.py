@@ -1,10 +1,7 @@
-import inspect
-
 import pytest
 import torch
 
-from hf_mm.cm3leon import losses_cm3leon
-from hf_mm.transfusion import losses_transfusion, objective_transfusion
+from hf_mm.transfusion import objective_transfusion
 
 
 def make_batch(config):
@@ -54,8 +51,3 @@ def test_a_frozen_output_layer_gets_no_gradient(make_model, monkeypatch):
     assert model.lm_head.weight.grad is None
     assert model.model.language_model.norm.weight.grad.any()
     model.lm_head.requires_grad_(True)
-
-
-def test_both_families_sum_losses_in_the_same_way():
-    """Each family's files ship without the other's."""
-    assert inspect.getsource(losses_transfusion) == inspect.getsource(losses_cm3leon)

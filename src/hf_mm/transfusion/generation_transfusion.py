@@ -51,17 +51,21 @@ def fold_streams(predictions: Sequence[torch.Tensor], scales: Sequence[float]) -
     return folded
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device, without what other programs hold."""
+    if device.type in ("cuda", "xpu"):
+        unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return torch.accelerator.get_memory_info(device)[0] + unused
+    return psutil.virtual_memory().available
+
+
 def check_room(cache: DynamicCache, num_images_per_prompt: int) -> None:
     """Refuses more images than memory holds, by what all their copies of a cache take.
 
     Raises:
         ValueError: If it does not suffice; it says how many images fit.
     """
-    device = cache.layers[0].keys.device
-    free = psutil.virtual_memory().available
-    if device.type in ("cuda", "xpu"):
-        unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
-        free = torch.accelerator.get_memory_info(device)[0] + unused
+    free = free_memory(cache.layers[0].keys.device)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     if num_images_per_prompt * size > free:
         raise ValueError(
