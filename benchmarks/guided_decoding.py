@@ -16,16 +16,25 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    Emu3Config,
-    Emu3ForConditionalGeneration,
-    GenerationConfig,
-    JanusConfig,
-    JanusForConditionalGeneration,
-)
+from transformers import GenerationConfig
 from transformers.utils import logging
 
-from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CodeSampling
+from code_peers import (
+    BOI,
+    BOS,
+    CODEBOOK,
+    EOS,
+    FIRST_CODE,
+    FIRST_TEXT,
+    PAD,
+    SIDE,
+    TEXT_TOKENS,
+    build_cm3leon,
+    build_emu3,
+    build_janus,
+    decoder_layers,
+)
+from hf_mm.cm3leon import CodeSampling
 from timing import (
     Clock,
     benchmark_parser,
@@ -42,69 +51,25 @@ from timing import (
 
 TARGETS = (1.6, 2.0)  # of Janus: for several images, and for one
 GUIDANCE_SCALE = 3.0
-CODEBOOK = 8192
-TEXT_TOKENS = 2048
-SIDE = 12  # codes along each side of an image
-NUM_CODES = SIDE * SIDE
+NUM_CODES = SIDE**2
 PROMPT_LENGTH = 24
 MAX_POSITIONS = 512
-FIRST_CODE = TEXT_TOKENS
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
-Drawer = tuple[torch.nn.Module, torch.nn.Module, Draw]  # a model, its decoder layers, and what draws
+Drawer = tuple[torch.nn.Module, Draw]
 
 
-def text_sizes(hidden_size: int, num_layers: int) -> dict[str, int]:
-    """Sizes of a gated decoder with as many weights as CM3Leon's, whose feed-forward layers are not gated."""
-    return {
-        "hidden_size": hidden_size,
-        "intermediate_size": round(8 * hidden_size / 3),
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": hidden_size // 64,
-        "num_key_value_heads": hidden_size // 64,
-        "max_position_embeddings": MAX_POSITIONS,
-    }
-
-
-def build_cm3leon(hidden_size: int, num_layers: int) -> Drawer:
+def make_cm3leon(hidden_size: int, num_layers: int) -> Drawer:
     """Builds CM3Leon and its drawing."""
-    last = TEXT_TOKENS + CODEBOOK
-    config = CM3LeonConfig(
-        vocab_size=last + 5,
-        image_vocab_size=CODEBOOK,
-        first_image_token_id=FIRST_CODE,
-        break_token_id=last,
-        eoss_token_id=last + 1,
-        image_token_id=last + 2,
-        first_sentinel_token_id=last + 3,
-        num_sentinel_tokens=2,
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 64,
-        max_position_embeddings=MAX_POSITIONS,
-        image_size=8 * SIDE,
-    )
-    model = CM3LeonForConditionalGeneration(config).eval()
+    model = build_cm3leon(hidden_size, num_layers, MAX_POSITIONS).eval()
     sampling = CodeSampling(guidance_scale=GUIDANCE_SCALE)
-    return model, model.model.layers, lambda prompts: model.draw_images(prompts, sampling=sampling)
+    return model, lambda prompts: model.draw_images(prompts, sampling=sampling)
 
 
-def build_emu3(hidden_size: int, num_layers: int) -> Drawer:
+def make_emu3(hidden_size: int, num_layers: int) -> Drawer:
     """Builds Emu3 and its drawing as its documentation shows it."""
-    codes = {f"<|visual token {code:06d}|>": FIRST_CODE + code for code in range(CODEBOOK)}
-    config = Emu3Config(
-        text_config={
-            **text_sizes(hidden_size, num_layers),
-            "vocab_size": TEXT_TOKENS + CODEBOOK + 5,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        vq_config={"codebook_size": CODEBOOK, "base_channels": 32, "channel_multiplier": [1, 1], "hidden_size": 32},
-        vocabulary_map={**codes, "<image>": 3, "<|extra_200|>": 4},
-    )
-    model = Emu3ForConditionalGeneration(config).eval()
-    allowed = list(codes.values())
+    model = build_emu3(hidden_size, num_layers, MAX_POSITIONS).eval()
+    allowed = list(range(FIRST_CODE, FIRST_CODE + CODEBOOK))
 
     def draw(prompts: torch.Tensor) -> torch.Tensor:
         sequences = model.generate(
@@ -118,40 +83,14 @@ def build_emu3(hidden_size: int, num_layers: int) -> Drawer:
         )
         return sequences[:, prompts.shape[1] :]
 
-    return model, model.model.text_model.layers, draw
+    return model, draw
 
 
-def build_janus(hidden_size: int, num_layers: int) -> Drawer:
+def make_janus(hidden_size: int, num_layers: int) -> Drawer:
     """Builds Janus and its drawing."""
-    config = JanusConfig(
-        text_config={
-            "model_type": "llama",
-            **text_sizes(hidden_size, num_layers),
-            "vocab_size": TEXT_TOKENS,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 1,
-            "image_size": 16 * SIDE,
-            "num_image_tokens": NUM_CODES,
-            "projection_dim": hidden_size,
-        },
-        vq_config={
-            "num_embeddings": CODEBOOK,
-            "base_channels": 32,
-            "channel_multiplier": [1, 1],
-            "projection_dim": hidden_size,
-            "image_token_embed_dim": hidden_size,
-        },
-        image_token_id=3,
-    )
-    model = JanusForConditionalGeneration(config).eval()
+    model = build_janus(hidden_size, num_layers, MAX_POSITIONS).eval()
     model.generation_config = GenerationConfig(
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, generation_kwargs={"boi_token_id": 4}
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, generation_kwargs={"boi_token_id": BOI}
     )
 
     def draw(prompts: torch.Tensor) -> torch.Tensor:
@@ -164,13 +103,13 @@ def build_janus(hidden_size: int, num_layers: int) -> Drawer:
             guidance_scale=GUIDANCE_SCALE,
         )
 
-    return model, model.model.language_model.layers, draw
+    return model, draw
 
 
 BUILDERS: dict[str, Callable[[int, int], Drawer]] = {
-    "cm3leon": build_cm3leon,
-    "emu3": build_emu3,
-    "janus": build_janus,
+    "cm3leon": make_cm3leon,
+    "emu3": make_emu3,
+    "janus": make_janus,
 }
 
 
@@ -192,12 +131,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.num_threads)
     models = {name: build(arguments.hidden_size, arguments.num_layers) for name, build in BUILDERS.items()}
-    result["decoder_parameters"] = {name: count_parameters(layers) for name, (_, layers, _) in models.items()}
+    result["decoder_parameters"] = {
+        name: count_parameters(decoder_layers(model)) for name, (model, _) in models.items()
+    }
     for batch_size in arguments.batch_sizes:
-        prompts = torch.randint(5, TEXT_TOKENS, (batch_size, PROMPT_LENGTH))
-        prompts[:, 0] = 1
+        prompts = torch.randint(FIRST_TEXT, TEXT_TOKENS, (batch_size, PROMPT_LENGTH))
+        prompts[:, 0] = BOS
         deeds: dict[str, Callable[[], object]] = {}
-        for name, (model, _, draw) in models.items():
+        for name, (model, draw) in models.items():
             if (shape := draw(prompts).shape) != (batch_size, NUM_CODES):
                 raise RuntimeError(f"{name} drew {tuple(shape)} codes.")
             deeds[name] = partial(draw, prompts)
