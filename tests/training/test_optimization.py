@@ -1,12 +1,17 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_mm.training.optimization import (
     build_ema,
     build_lr_scheduler,
     build_optimizer,
+    choose_attention,
     ema_weights,
     prepare_training,
     trainable_parameters,
@@ -95,3 +100,52 @@ def test_what_cannot_be_trained_is_refused() -> None:
         build_optimizer(make_model().requires_grad_(False), TrainingRecipe())
     with pytest.raises(ValueError, match="`gradient_checkpointing`=True, but Sequential"):
         prepare_training(Accelerator(cpu=True), make_model(), TrainingRecipe(gradient_checkpointing=True))
+
+
+def make_llama(max_position_embeddings: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=max_position_embeddings,
+        )
+    )
+
+
+@pytest.fixture
+def fresh_state() -> Iterator[None]:
+    """Accelerate keeps the precision that a process began with."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_state")
+@pytest.mark.parametrize(
+    ("choice", "mixed_precision", "longest", "trained_with"),
+    [
+        ("auto", "bf16", 256, "eager"),
+        ("auto", "bf16", 4096, "sdpa"),
+        ("auto", "no", 256, "sdpa"),
+        ("sdpa", "bf16", 256, "sdpa"),
+        ("eager", "no", 4096, "eager"),
+    ],
+)
+def test_short_bf16_windows_attend_by_matrix_products(
+    choice: str, mixed_precision: str, longest: int, trained_with: str
+) -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    model = make_llama(longest)
+    prepare_training(accelerator, model, TrainingRecipe(attn_implementation=choice))
+    assert model.config._attn_implementation == trained_with
+
+
+def test_attention_that_nothing_has_is_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match="`attn_implementation`='eager', but Sequential has no choice"):
+        choose_attention(accelerator, make_model(), TrainingRecipe(attn_implementation="eager"))
+    with pytest.raises(ValueError, match='`attn_implementation="fast"` is not supported'):
+        prepare_training(accelerator, make_llama(256), TrainingRecipe(attn_implementation="fast"))

@@ -40,7 +40,7 @@ DATA_NAME = "data_{}.json"  # of each process
 FREE_FIELDS = frozenset(
     "output_dir per_device_train_batch_size gradient_accumulation_steps logging_steps save_steps save_total_limit "
     "eval_steps sample_steps resume_from_checkpoint push_to_hub hub_private_repo hub_revision report_to "
-    "max_train_seconds gradient_checkpointing torch_compile dataloader_num_workers".split()
+    "max_train_seconds gradient_checkpointing torch_compile attn_implementation dataloader_num_workers".split()
 )
 
 

@@ -214,6 +214,10 @@ class TrainingRecipe:
     )
     gradient_checkpointing: bool = _described(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = _described(False, "Compile the model's forward.")
+    attn_implementation: str = _described(
+        "auto",
+        "Attention of transformers, by name. auto: eager for short bf16 windows on a CPU, else its own.",
+    )
     dataloader_num_workers: int = _described(0, "Worker processes that prepare batches.")
 
     def __post_init__(self) -> None:
