@@ -80,7 +80,7 @@ def make_config(tokenizer):
             "initializer_range": SPREAD,
             **fields.pop("text_config", {}),
         }
-        fields = {"image_size": 8, "num_inference_steps": 3, "image_guidance_scale": 2.5, **fields}
+        fields = {"image_size": 8, "num_inference_steps": 3, "drawing_guidance_scale": 2.5, **fields}
         if fields.get("patch_layer") == "unet":
             widths = [4, 6, 8, 10][: fields.get("patch_size", 2).bit_length()]
             fields = {

@@ -67,7 +67,7 @@ def test_drawing_needs_more_memory_in_a_larger_model_and_with_guidance(make_conf
         config = make()
         plain = drawing_bytes(config, 4)
         assert drawing_bytes(config, 2) < plain
-        config.image_guidance_scale = 1
+        config.drawing_guidance_scale = 1
         assert drawing_bytes(config, 4) < plain
     wide, deep = make_cm3leon_config(hidden_size=40), make_cm3leon_config(num_hidden_layers=6)
     plain = drawing_bytes(make_cm3leon_config(), 4)

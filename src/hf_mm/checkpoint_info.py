@@ -183,7 +183,7 @@ def drawing_bytes(config: PreTrainedConfig, width: int) -> int:
         `int`: bytes.
     """
     text = config.get_text_config()
-    streams = 2 if config.image_guidance_scale > 1 else 1
+    streams = 2 if config.drawing_guidance_scale > 1 else 1
     picture = positions_per_image(config)
     is_codes = config.model_type == "cm3leon"
     kv_heads = text.num_attention_heads if is_codes else text.num_key_value_heads

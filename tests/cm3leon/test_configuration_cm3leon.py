@@ -64,8 +64,8 @@ VQ = {"num_vq_embeddings": 8192, "block_out_channels": [1, 1, 1, 1]}
         ({"max_position_embeddings": 1026}, "max_position_embeddings.*1026.*1024 codes.*1027"),
         ({"image_positions": "rows"}, "image_positions.*rows.*running.*grid.*rotary"),
         ({"image_vocab_size": 10**30}, "image_vocab_size.*10{30} ids from"),
-        ({"image_temperature": 0}, "image_temperature.*0.*above 0"),
-        ({"image_guidance_scale": 0.5}, "image_guidance_scale.*0.5"),
+        ({"drawing_temperature": 0}, "drawing_temperature.*0.*above 0"),
+        ({"drawing_guidance_scale": 0.5}, "drawing_guidance_scale.*0.5"),
         ({"vq_config": {**VQ, "num_vq_embeddings": 512}}, "image_vocab_size.*8192.*codebook, 512"),
         ({"image_vocab_size": 8193, "vq_config": VQ}, "image_vocab_size.*8193.*codebook, 8192"),
         ({"vocab_size": 56319}, "num_sentinel_tokens.*512.*55808.*56319"),
@@ -84,7 +84,7 @@ def test_fields_that_do_not_fit_are_refused_by_name(fields, match):
 
 
 def test_a_configuration_survives_saving(make_config, tmp_path):
-    config = make_config(image_guidance_scale=4, hidden_act="gelu")
+    config = make_config(drawing_guidance_scale=4, hidden_act="gelu")
     config.save_pretrained(tmp_path)
     for again in (CM3LeonConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(again, CM3LeonConfig)

@@ -547,9 +547,9 @@ def test_modes_of_generate_write_text_or_draw(model):
     assert not model.image_span.is_code(written).any()
     sentinels = range(config.first_sentinel_token_id, config.first_sentinel_token_id + config.num_sentinel_tokens)
     assert not set(written.flatten().tolist()) & {*sentinels, config.image_token_id}
-    config.image_temperature = 0.4
+    config.drawing_temperature = 0.4
     for asked in ({}, {"guidance_scale": 1.0, "do_sample": False}, {"guidance_scale": 2.0, "top_p": 0.5}):
-        settings = {"guidance_scale": config.image_guidance_scale, "temperature": 0.4, **asked}
+        settings = {"guidance_scale": config.drawing_guidance_scale, "temperature": 0.4, **asked}
         expected = model.draw_images(ids, mask, sampling=CodeSampling(**settings), generator=seeded(0, 1))
         arguments = {"attention_mask": mask, "generation_mode": "image", "generator": seeded(0, 1), **asked}
         assert torch.equal(model.generate(ids, **arguments), expected)

@@ -67,10 +67,10 @@ def test_the_drawing_is_the_models_behind_the_prompt_of_the_paper(make_pipeline)
     drawn = codes_of(pipe, "a red star", guidance_scale=4.0, top_p=0.7, generator=seeded(3))
     assert torch.equal(drawn, expected - config.first_image_token_id)
     default = codes_of(pipe, "a red star", generator=seeded(3))
-    scale = config.image_guidance_scale
+    scale = config.drawing_guidance_scale
     assert torch.equal(default, codes_of(pipe, "a red star", guidance_scale=scale, generator=seeded(3)))
     assert not torch.equal(default, codes_of(pipe, "a red star", guidance_scale=1, generator=seeded(3)))
-    config.image_temperature = 0.1
+    config.drawing_temperature = 0.1
     cold = codes_of(pipe, "a red star", generator=seeded(3))
     assert torch.equal(cold, codes_of(pipe, "a red star", temperature=0.1, generator=seeded(3)))
     assert torch.equal(default, codes_of(pipe, "a red star", temperature=1.0, generator=seeded(3)))

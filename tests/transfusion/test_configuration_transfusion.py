@@ -67,7 +67,7 @@ def test_an_unknown_preset_names_the_known_ones():
             "8 pixels",
         ),
         ({"vae_config": {"latent_channels": 4, "block_out_channels": [1, 1, 1]}}, "vae_config.*scaling_factor"),
-        ({"image_guidance_scale": 0.5}, "image_guidance_scale.*0.5"),
+        ({"drawing_guidance_scale": 0.5}, "drawing_guidance_scale.*0.5"),
         ({"image_token_id": 99999}, "image_token_id.*99999"),
     ],
 )

@@ -233,7 +233,7 @@ def test_guidance_by_a_picture_needs_one(make_model):
 
 
 def test_guidance_of_one_is_no_guidance(make_model):
-    model = make_model(image_guidance_scale=1)
+    model = make_model(drawing_guidance_scale=1)
     ids = torch.tensor([[BOS, 11, 12]])
     unguided = model.draw_images(ids, num_inference_steps=4, generator=seeded(4), **DRAWING)
     off = model.draw_images(ids, num_inference_steps=4, generator=seeded(4), guidance_scale=1, **DRAWING)

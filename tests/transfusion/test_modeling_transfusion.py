@@ -481,7 +481,7 @@ def test_a_saved_model_loads_with_the_same_outputs(make_model, lay_out, tmp_path
     model.save_pretrained(tmp_path)
     again = TransfusionForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(again(**batch).loss, model(**batch).loss)
-    assert again.config.to_diff_dict().keys() >= {"text_config", "image_size", "image_guidance_scale"}
+    assert again.config.to_diff_dict().keys() >= {"text_config", "image_size", "drawing_guidance_scale"}
     for name in (
         "patch_layer",
         "patch_size",

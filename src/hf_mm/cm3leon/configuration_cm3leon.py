@@ -72,8 +72,8 @@ class CM3LeonConfig(PreTrainedConfig):
         vq_config (`dict`, *optional*):
             Configuration of the frozen diffusers `VQModel`. `None`: the model reads and writes codes only.
         image_size (`int`, defaults to 256): Height and width, in pixels, of every picture.
-        image_guidance_scale (`float`, defaults to 3.0): Guidance of a drawing when none is asked for; 1 is off.
-        image_temperature (`float`, defaults to 1.0): Divides the scores of codes when no temperature is asked for.
+        drawing_guidance_scale (`float`, defaults to 3.0): Guidance of a drawing when none is asked for; 1 is off.
+        drawing_temperature (`float`, defaults to 1.0): Divides the scores of codes when no temperature is asked for.
 
     Raises:
         ValueError: If a field is out of its range or the fields do not fit each other.
@@ -124,8 +124,8 @@ class CM3LeonConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     vq_config: dict | None = None
     image_size: int = 256
-    image_guidance_scale: float | int = 3.0
-    image_temperature: float | int = 1.0
+    drawing_guidance_scale: float | int = 3.0
+    drawing_temperature: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
@@ -158,10 +158,12 @@ class CM3LeonConfig(PreTrainedConfig):
             )
         if self.image_positions not in IMAGE_POSITIONS:
             raise ValueError(f"`image_positions`={self.image_positions!r} must be one of {IMAGE_POSITIONS}.")
-        if self.image_guidance_scale < 1:
-            raise ValueError(f"`image_guidance_scale`={self.image_guidance_scale} is below 1. Use 1 for no guidance.")
-        if self.image_temperature <= 0:
-            raise ValueError(f"`image_temperature`={self.image_temperature} must be above 0.")
+        if self.drawing_guidance_scale < 1:
+            raise ValueError(
+                f"`drawing_guidance_scale`={self.drawing_guidance_scale} is below 1. Use 1 for no guidance."
+            )
+        if self.drawing_temperature <= 0:
+            raise ValueError(f"`drawing_temperature`={self.drawing_temperature} must be above 0.")
         if self.vq_config is not None and self.vq_config.get("num_vq_embeddings") != self.image_vocab_size:
             codebook = self.vq_config.get("num_vq_embeddings")
             raise ValueError(

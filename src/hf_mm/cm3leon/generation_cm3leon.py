@@ -525,7 +525,7 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
             kwargs.pop("max_new_tokens", None)
             asked = {field.name: kwargs.pop(field.name) for field in fields(CodeSampling) if field.name in kwargs}
             if kwargs.get("sampling") is None:
-                defaults = {"guidance_scale": config.image_guidance_scale, "temperature": config.image_temperature}
+                defaults = {"guidance_scale": config.drawing_guidance_scale, "temperature": config.drawing_temperature}
                 kwargs["sampling"] = CodeSampling(**{**defaults, **asked})
             elif asked:
                 raise ValueError(f"`sampling` is given, and {sorted(asked)} beside it. Put them into `sampling`.")

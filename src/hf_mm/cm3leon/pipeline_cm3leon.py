@@ -192,7 +192,7 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
                 has `<image>`: `"Make high quality image from canny edge features<image>a red star"`.
             height (`int`, *optional*): Pixels; the model draws one size only.
             width (`int`, *optional*): Likewise.
-            guidance_scale (`float`, *optional*): Defaults to the model's `image_guidance_scale`; 1 is off.
+            guidance_scale (`float`, *optional*): Defaults to the model's `drawing_guidance_scale`; 1 is off.
             num_images_per_prompt (`int`, defaults to 1): Pictures from each prompt.
             generator (`torch.Generator` or a list of one per prompt or per candidate, *optional*):
                 Source of the noise. With a list, what a prompt gives does not depend on the prompts beside it.
@@ -205,7 +205,7 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
                 which takes a third stream, and to 1 otherwise. Without it guidance follows the text alone: what stands
                 before it, and a template's words of the task, are in both streams.
             do_sample (`bool`, defaults to `True`): Whether to draw codes, or to take the best.
-            temperature (`float`, *optional*): Divides the scores. Defaults to the model's `image_temperature`.
+            temperature (`float`, *optional*): Divides the scores. Defaults to the model's `drawing_temperature`.
             top_k (`int`, *optional*): Draws from that many best codes only.
             top_p (`float`, defaults to 1.0): Draws from the fewest best codes that have this probability together.
             decoding (`str`, defaults to `"top_p"`):
@@ -299,9 +299,9 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
     ) -> CodeSampling:
         """Settings of a drawing, with defaults where none are asked for."""
         config = self.model.config
-        scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
+        scale = config.drawing_guidance_scale if guidance_scale is None else guidance_scale
         if fields.get("temperature") is None:
-            fields["temperature"] = config.image_temperature
+            fields["temperature"] = config.drawing_temperature
         if image_guidance_scale is None:
             guided = reads_picture and scale > 1 and decoding == "top_p"
             image_guidance_scale = DEFAULT_IMAGE_GUIDANCE_SCALE if guided else 1.0

@@ -67,7 +67,7 @@ def lay_out_drawing(page: DemoPage) -> tuple[gr.Gallery, gr.Button, gr.Button]:
         with gr.Column():
             prompt = gr.Textbox(label="What to draw", elem_id="draw-prompt")
             seed, number = seed_and_number("draw")
-            scale = gr.Slider(1, 10, value=config.image_guidance_scale, step=0.1, label="Guidance")
+            scale = gr.Slider(1, 10, value=config.drawing_guidance_scale, step=0.1, label="Guidance")
             default = config.num_inference_steps if page.has_steps else 1
             limit = max(100, default)
             steps = gr.Slider(1, limit, value=default, step=1, label="Denoising steps", visible=page.has_steps)
@@ -114,7 +114,9 @@ def lay_out_editing(page: DemoPage) -> gr.Image:
             picture = upload("edit")
             prompt = gr.Textbox(label="What to change", elem_id="edit-prompt")
             seed, number = seed_and_number("edit")
-            scale = gr.Slider(1, 10, value=page.pipeline.model.config.image_guidance_scale, step=0.1, label="Guidance")
+            scale = gr.Slider(
+                1, 10, value=page.pipeline.model.config.drawing_guidance_scale, step=0.1, label="Guidance"
+            )
             image_scale = gr.Slider(1, 5, value=1.5, step=0.1, label="Guidance by the picture")
             with gr.Row():
                 button = gr.Button("Edit", variant="primary", elem_id="edit-button")

@@ -81,7 +81,7 @@ class TransfusionConfig(PreTrainedConfig):
             Law of the training timesteps: `"uniform"` or `"logit_normal"` (location 0, scale 1).
         diffusion_loss_weight (`float`, defaults to 5.0): Lambda, the weight of the image loss against the text loss.
         num_inference_steps (`int`, defaults to 250): Denoising steps of a drawing when none are asked for.
-        image_guidance_scale (`float`, defaults to 3.0): Guidance of a drawing when none is asked for; 1 is off.
+        drawing_guidance_scale (`float`, defaults to 3.0): Guidance of a drawing when none is asked for; 1 is off.
         boi_token_id (`int`, defaults to 32000): Token that opens an image, which the model itself may sample.
         eoi_token_id (`int`, defaults to 32001): Token that closes an image, appended by rule.
         image_token_id (`int`, defaults to 32002): Placeholder that stands for one patch in `input_ids`.
@@ -122,7 +122,7 @@ class TransfusionConfig(PreTrainedConfig):
     timestep_sampling: str = "uniform"
     diffusion_loss_weight: float | int = 5.0
     num_inference_steps: int = 250
-    image_guidance_scale: float | int = 3.0
+    drawing_guidance_scale: float | int = 3.0
     boi_token_id: int = 32000
     eoi_token_id: int = 32001
     image_token_id: int = 32002
@@ -180,8 +180,10 @@ class TransfusionConfig(PreTrainedConfig):
             )
         if self.image_size % self.image_stride:
             raise ValueError(f"`image_size`={self.image_size} must be a multiple of {self.image_stride} pixels.")
-        if self.image_guidance_scale < 1:
-            raise ValueError(f"`image_guidance_scale`={self.image_guidance_scale} is below 1. Use 1 for no guidance.")
+        if self.drawing_guidance_scale < 1:
+            raise ValueError(
+                f"`drawing_guidance_scale`={self.drawing_guidance_scale} is below 1. Use 1 for no guidance."
+            )
         for name in ("boi_token_id", "eoi_token_id", "image_token_id"):
             if not 0 <= (value := self.__dict__[name]) < self.text_config.vocab_size:
                 raise ValueError(f"`{name}`={value} lies outside the vocabulary of {self.text_config.vocab_size}.")

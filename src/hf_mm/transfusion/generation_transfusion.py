@@ -300,7 +300,7 @@ class TransfusionGenerationMixin(GenerationMixin):
 
     def _text_scale(self, guidance_scale: float | None) -> float:
         """Guidance asked for, or the model's."""
-        return self.config.image_guidance_scale if guidance_scale is None else guidance_scale
+        return self.config.drawing_guidance_scale if guidance_scale is None else guidance_scale
 
     def _read_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_images_per_prompt: int, **images: Any
@@ -366,7 +366,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             height (`int`, *optional*): Pixels; defaults to `config.image_size`.
             width (`int`, *optional*): Likewise.
             num_inference_steps (`int`, *optional*): Defaults to `config.num_inference_steps`.
-            guidance_scale (`float`, *optional*): Defaults to `config.image_guidance_scale`; 1 is off.
+            guidance_scale (`float`, *optional*): Defaults to `config.drawing_guidance_scale`; 1 is off.
             image_guidance_scale (`float`, defaults to 1.0):
                 How closely to follow the images of the prefix; 1 is off, another needs `textless`.
             textless (`tuple[DynamicCache, torch.Tensor]`, *optional*):

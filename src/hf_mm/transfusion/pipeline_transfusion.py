@@ -190,7 +190,7 @@ class TransfusionPipeline(DiffusionPipeline):
             height (`int`, *optional*): Pixels; defaults to the model's `image_size`.
             width (`int`, *optional*): Likewise.
             num_inference_steps (`int`, *optional*): Denoising steps; defaults to the model's.
-            guidance_scale (`float`, *optional*): Defaults to the model's `image_guidance_scale`; 1 is off.
+            guidance_scale (`float`, *optional*): Defaults to the model's `drawing_guidance_scale`; 1 is off.
             num_images_per_prompt (`int`, defaults to 1): Pictures from each prompt.
             generator (`torch.Generator` or a list of one per picture, *optional*): Source of the noise.
             latents (`torch.FloatTensor` of shape `(num_pictures, channels, height, width)`, *optional*):
@@ -227,7 +227,7 @@ class TransfusionPipeline(DiffusionPipeline):
             raise ValueError(f"`image_guidance_scale`={image_guidance_scale} needs an `image` to follow.")
         height = config.image_size if height is None else height
         width = config.image_size if width is None else width
-        self._guidance_scale = config.image_guidance_scale if guidance_scale is None else guidance_scale
+        self._guidance_scale = config.drawing_guidance_scale if guidance_scale is None else guidance_scale
         if image_guidance_scale is None:
             guided = images is not None and self._guidance_scale > 1
             image_guidance_scale = DEFAULT_IMAGE_GUIDANCE_SCALE if guided else 1.0
