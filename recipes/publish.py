@@ -11,6 +11,7 @@ command line would stay in the shell's history.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from hf_mm.hub import MAX_SHARD_SIZE, publish
 from hf_mm.training.recipe import parse_recipe
@@ -31,6 +32,9 @@ class PublishArguments:
     )
     base_model: str | None = field(default=None, metadata={"help": "Of adapters: Hub id of what they belong on."})
     max_shard_size: str = field(default=MAX_SHARD_SIZE, metadata={"help": "Largest file of weights."})
+    weights_dtype: Literal["bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Rounds the weights for a smaller download; the model computes as before."}
+    )
     commit_message: str = field(default="Upload model", metadata={"help": "First line of the commit."})
 
 

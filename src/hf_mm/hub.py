@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, save_torch_state_dict, split_torch_state_dict_into_shards
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
@@ -28,6 +28,7 @@ from .hub_upload import LIBRARY, check_target, list_files, upload
 
 
 MAX_SHARD_SIZE = "5GB"
+WEIGHTS_DTYPES = ("bfloat16", "float16")
 TASK = "text-to-image"
 AUTO_MODELS = {
     "AutoModel": MODEL_MAPPING,
@@ -207,6 +208,7 @@ def publish(
     self_contained: bool = True,
     base_model: str | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    weights_dtype: str | None = None,
     commit_message: str = "Upload model",
 ) -> str:
     """Publishes a model on the Hub in one commit, after checking that it loads and answers alike without hf_mm.
@@ -226,6 +228,8 @@ def publish(
             then always asks for `trust_remote_code=True`; see `make_self_contained`.
         base_model (`str`, *optional*): Hub id of the model that adapters belong on; none: the one that PEFT noted.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): Largest file of weights.
+        weights_dtype (`str`, *optional*): Type that weights are rounded to, `"bfloat16"` or `"float16"`; see
+            `round_weights`.
         commit_message (`str`, defaults to `"Upload model"`): First line of the commit.
 
     Returns:
@@ -247,6 +251,8 @@ def publish(
             save_parts(model, folder)
         else:
             stage_folder(model, folder)
+        if weights_dtype is not None:
+            round_weights(folder, weights_dtype)
         complete_repo(folder, self_contained=self_contained, base_model=base_model, max_shard_size=max_shard_size)
         rename(folder, {HERE: repo_id})
         if (folder / "model_index.json").is_file():
@@ -276,6 +282,35 @@ def stage_folder(folder: str | Path, staged: Path) -> None:
             target.symlink_to(source)
         else:
             shutil.copyfile(source, target)
+
+
+def round_weights(folder: Path, weights_dtype: str) -> None:
+    """Rounds the weights of a folder to a type of two bytes, for half the download.
+
+    The model computes as before: `from_pretrained` goes on giving it the type that `config.json` names.
+
+    Args:
+        folder (`Path`): Of a model; a file of weights that is a link is replaced by a file. It is changed.
+        weights_dtype (`str`): `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ValueError: If the type is another one, a weight is beyond its range, or there is no `model.safetensors`.
+    """
+    if weights_dtype not in WEIGHTS_DTYPES:
+        raise ValueError(f"`weights_dtype`={weights_dtype!r} must be one of {list(WEIGHTS_DTYPES)}.")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ValueError(f"`weights_dtype`={weights_dtype!r} rounds model.safetensors, and the folder has none.")
+    weights = load_file(path)
+    rounded = {
+        name: weight.to(getattr(torch, weights_dtype)) if weight.is_floating_point() else weight
+        for name, weight in weights.items()
+    }
+    if lost := sorted(name for name, weight in rounded.items() if not weight.isfinite().all()):
+        raise ValueError(f"`weights_dtype`={weights_dtype!r} cannot hold {lost[:3]}, which are not finite in it.")
+    draft = folder / "model.safetensors.tmp"
+    save_file(rounded, draft, metadata={"format": "pt"})
+    draft.replace(path)
 
 
 def complete_repo(

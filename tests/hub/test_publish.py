@@ -8,6 +8,7 @@ import torch
 from hub_server import TOKEN, File, Repo
 from huggingface_hub import ModelCard, snapshot_download
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMultimodalLM
 
 from hf_mm.hub import export_folder, publish, save_parts, stage_folder
@@ -80,6 +81,25 @@ def test_large_weights_are_split_and_no_file_of_another_splitting_stays(hub, fol
     names = {name for name in hub.files(NAME) if "safetensors" in name}
     assert names == {"model.safetensors"}
     assert_equal_weights(download(), folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_for_the_download_and_computed_with_as_before(hub, folder, download, dtype):
+    publish(folder, NAME, weights_dtype=str(dtype).removeprefix("torch."))
+    place = download()
+    assert {weight.dtype for weight in load_file(f"{place}/model.safetensors").values()} == {dtype}
+    model, before = (AutoModelForMultimodalLM.from_pretrained(place) for place in (place, folder))
+    assert model.dtype == before.dtype == torch.float32
+    for name, weight in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight.to(dtype).float())
+
+
+def test_weights_that_cannot_be_rounded_are_refused(hub, folder):
+    refused(ValueError, "`weights_dtype`='int8' must be one of", folder, NAME, weights_dtype="int8")
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(weights)[0]
+    save_file({**weights, name: torch.full_like(weights[name], 1e6)}, folder / "model.safetensors", {"format": "pt"})
+    refused(ValueError, f"cannot hold .*{name}", folder, NAME, weights_dtype="float16")
 
 
 def test_a_file_that_the_hub_wants_in_parts_arrives_whole(hub, folder, download):
