@@ -70,3 +70,16 @@ def test_the_scale_of_the_logits_has_a_limit(clip):
         unlimited = ContrastiveTrainer(clip)(**batch).loss
         clip.logit_scale.fill_(torch.tensor(100.0).log())
         torch.testing.assert_close(ContrastiveTrainer(clip)(**batch).loss, unlimited)
+
+
+def test_pictures_and_captions_are_compared_in_float32_under_autocast(clip):
+    """bf16 would round logits near 100 to halves; the embeddings themselves may be of bf16."""
+    batch = make_batch([5, -3, 2, 11, 6])
+    with torch.no_grad():
+        clip.logit_scale.fill_(torch.tensor(100.0).log())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ContrastiveTrainer(clip)(**batch).image_to_text_loss
+            batch.pop("caption_ids")
+            embeddings = clip(**batch)
+        logits = 100 * embeddings.image_embeds.float() @ embeddings.text_embeds.float().T
+    torch.testing.assert_close(found, F.cross_entropy(logits, torch.arange(5)), rtol=1e-4, atol=1e-4)

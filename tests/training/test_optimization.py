@@ -11,9 +11,9 @@ from hf_mm.training.optimization import (
     build_ema,
     build_lr_scheduler,
     build_optimizer,
-    choose_attention,
     ema_weights,
     prepare_training,
+    set_attention,
     trainable_parameters,
 )
 from hf_mm.training.recipe import TrainingRecipe
@@ -139,13 +139,13 @@ def test_short_bf16_windows_attend_by_matrix_products(
 ) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     model = make_llama(longest)
-    prepare_training(accelerator, model, TrainingRecipe(attn_implementation=choice))
+    prepare_training(accelerator, nn.Sequential(model), TrainingRecipe(attn_implementation=choice))
     assert model.config._attn_implementation == trained_with
 
 
 def test_attention_that_nothing_has_is_refused() -> None:
     accelerator = Accelerator(cpu=True)
     with pytest.raises(ValueError, match="`attn_implementation`='eager', but Sequential has no choice"):
-        choose_attention(accelerator, make_model(), TrainingRecipe(attn_implementation="eager"))
+        set_attention(accelerator, make_model(), TrainingRecipe(attn_implementation="eager"))
     with pytest.raises(ValueError, match='`attn_implementation="fast"` is not supported'):
         prepare_training(accelerator, make_llama(256), TrainingRecipe(attn_implementation="fast"))

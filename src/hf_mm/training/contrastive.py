@@ -115,8 +115,11 @@ class ContrastiveTrainer(nn.Module):
         images, texts, captions = map(gather_rows, (output.image_embeds, output.text_embeds, caption_ids))
         num_pairs = len(images) if num_images_in_batch is None else num_images_in_batch
         scale = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-        is_positive = (caption_ids[:, None] == captions).to(images.dtype)  # (N, A)
+        is_positive = (caption_ids[:, None] == captions).float()  # (N, A)
         targets = is_positive / is_positive.sum(dim=1, keepdim=True)
-        image_loss = F.cross_entropy(scale * output.image_embeds @ texts.T, targets, reduction="sum") / num_pairs
-        text_loss = F.cross_entropy(scale * output.text_embeds @ images.T, targets, reduction="sum") / num_pairs
+        with torch.autocast(images.device.type, enabled=False):  # bf16 has steps of 0.5 near a logit of 100
+            image_logits = scale * output.image_embeds.float() @ texts.float().T
+            text_logits = scale * output.text_embeds.float() @ images.float().T
+        image_loss = F.cross_entropy(image_logits, targets, reduction="sum") / num_pairs
+        text_loss = F.cross_entropy(text_logits, targets, reduction="sum") / num_pairs
         return ContrastiveOutput((image_loss + text_loss) / 2, image_loss, text_loss)

@@ -54,8 +54,7 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
                 f"`gradient_checkpointing`=True, but {type(model).__name__} has no support. Set it to false."
             )
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if (attention := choose_attention(accelerator, model, recipe)) is not None:
-        model.set_attn_implementation(attention)
+    set_attention(accelerator, model, recipe)
     if recipe.torch_compile:
         model.compile()  # in place: the names in the state dict stay as they are
     optimizer = build_optimizer(model, recipe)
@@ -64,34 +63,32 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
     return TrainingParts(prepared_model, prepared_optimizer, lr_scheduler, build_ema(prepared_model, recipe))
 
 
-def choose_attention(accelerator: Accelerator, model: nn.Module, recipe: TrainingRecipe) -> str | None:
-    """Chooses the attention that a run trains with, by `attn_implementation`.
+def set_attention(accelerator: Accelerator, model: nn.Module, recipe: TrainingRecipe) -> None:
+    """Sets the attention that a run trains with, by `attn_implementation`.
+
+    `auto` is `eager` for bf16 on a CPU where the model reads `SHORT_WINDOW` positions at most: the backward pass of
+    PyTorch's fused kernel takes four times as long there. Else the model keeps its own.
 
     Args:
         accelerator (`Accelerator`): Knows device and precision.
-        model (`nn.Module`): The model, before `accelerator.prepare`.
+        model (`nn.Module`): The model, before `accelerator.prepare`: one of transformers, or what holds one.
         recipe (`TrainingRecipe`): The run.
 
-    Returns:
-        `str`: a name that `set_attn_implementation` takes; `None` where the model keeps its own. `auto` is `eager` for
-        bf16 on a CPU where the model reads `SHORT_WINDOW` positions at most: the backward pass of PyTorch's fused
-        kernel takes four times as long there.
-
     Raises:
-        ValueError: If a model that transformers knows nothing of is given a name.
+        ValueError: If the name is none that the model has, or it has no choice.
     """
-    is_known = isinstance(model, PreTrainedModel)
+    attending = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
     if recipe.attn_implementation != "auto":
-        if not is_known:
+        if attending is None:
             raise ValueError(
                 f"`attn_implementation`={recipe.attn_implementation!r}, but {type(model).__name__} has no choice. "
                 "Leave it at auto."
             )
-        return recipe.attn_implementation
-    if not is_known or accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
-        return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return "eager" if longest is not None and longest <= SHORT_WINDOW else None
+        attending.set_attn_implementation(recipe.attn_implementation)
+    elif attending is not None and accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        longest = getattr(attending.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and longest <= SHORT_WINDOW:
+            attending.set_attn_implementation("eager")
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
