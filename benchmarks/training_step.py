@@ -85,6 +85,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.num_threads)
     dtype = DTYPES[arguments.dtype]
     models = build_all(arguments.hidden_size, arguments.num_layers)
+    if dtype == torch.bfloat16:  # as `attn_implementation: auto` of the recipes
+        for name in OURS:
+            models[name].set_attn_implementation("eager")
     result["parameters"] = {name: count_parameters(model) for name, model in models.items()}
     deeds: dict[str, Callable[[], object]] = {}
     for name, model in models.items():

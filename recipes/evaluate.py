@@ -65,7 +65,7 @@ class EvaluationRecipe:
     seed: int = field(default=0, metadata={"help": "Of scenes and noise."})
     num_captions: int = field(default=128, metadata={"help": "Pictures to caption; 0: none."})
     clip_name: str = field(
-        default="runs/clip_tiny", metadata={"help": "CLIP of the CLIP score, a folder or a Hub id."}
+        default="clip-tiny", metadata={"help": "CLIP of the CLIP score: the one that ships, a folder or a Hub id."}
     )
     fid_network: str | None = field(
         default=None, metadata={"help": "inception, or folder or Hub id of a CLIP; none: clip_name."}

@@ -1,6 +1,6 @@
 """Scores ways of drawing codes against the number of candidates that a CLIP chooses from, on held-out icon scenes.
 
-python recipes/evaluate_decoding.py --model_name_or_path runs/cm3leon_tiny --reranker_name runs/clip_tiny \
+python recipes/evaluate_decoding.py --model_name_or_path runs/cm3leon_tiny --reranker_name clip-tiny \
     --output_dir runs/cm3leon_tiny/decoding
 
 The candidates of a way are drawn once; fewer are the first of them. A mix takes the first half of each of two ways, as
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from hf_mm.data.icon_scenes import icon_scenes_dataset
+from hf_mm.loading import find_checkpoint
 from hf_mm.training.recipe import parse_recipe
 from scoring import load_pipeline, score_pictures
 
@@ -29,7 +30,7 @@ class DecodingEvaluation:
     """The model, its reranker, and how it draws."""
 
     model_name_or_path: str = field(metadata={"help": "Checkpoint of a CM3Leon, a folder or a Hub id."})
-    reranker_name: str = field(metadata={"help": "CLIP that chooses, a folder or a Hub id."})
+    reranker_name: str = field(metadata={"help": "CLIP that chooses: the one that ships, a folder or a Hub id."})
     ways: list[str] = field(
         default_factory=lambda: ["temperature: {}"],
         metadata={"help": "Each `name: {...}`, a JSON object of arguments of the pipeline."},
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if unknown := sorted({part for pair in parts.values() for part in pair} - ways.keys()):
         raise ValueError(f"`mixes` names {unknown}; `ways` are {sorted(ways)}.")
     pipe = load_pipeline(recipe.model_name_or_path)
-    clip = CLIPModel.from_pretrained(recipe.reranker_name).to(pipe.device).eval()
-    processor = CLIPProcessor.from_pretrained(recipe.reranker_name)
+    clip = CLIPModel.from_pretrained(find_checkpoint(recipe.reranker_name)).to(pipe.device).eval()
+    processor = CLIPProcessor.from_pretrained(find_checkpoint(recipe.reranker_name))
     size = pipe.model.config.image_size
     held_out = {"glyph_set": recipe.glyph_set, "size_px": size, "split": "validation", "seed": recipe.seed}
     rows = icon_scenes_dataset(recipe.num_scenes, **held_out, kinds={"single_object": 1.0})

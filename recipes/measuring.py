@@ -21,6 +21,7 @@ from hf_mm.evaluation.intervals import bootstrap_interval, mean_interval
 from hf_mm.evaluation.scene_accuracy import chance_accuracy
 from hf_mm.evaluation.text_quality import cider_scores, likelihood, token_log_probs
 from hf_mm.evaluation.zero_shot import zero_shot_accuracy
+from hf_mm.loading import find_checkpoint
 from scoring import score_pictures
 
 
@@ -93,8 +94,8 @@ class Inception:
 
 
 def open_network(name: str, device: torch.device) -> Any:
-    """Gives what turns pictures into features: `Inception`, or the CLIP of a folder or of the Hub."""
-    return Inception(device) if name == INCEPTION else ClipEncoder.from_pretrained(name, device)
+    """Gives what turns pictures into features: `Inception`, or the CLIP that ships, of a folder or of the Hub."""
+    return Inception(device) if name == INCEPTION else ClipEncoder.from_pretrained(find_checkpoint(name), device)
 
 
 def in_batches(encode: Callable[[Any], np.ndarray], items: Sequence[Any], batch_size: int) -> np.ndarray:
