@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -54,7 +55,8 @@ SHORTENED = {
     "recipes/sft.py": f"{BRIEF} --num_scenes 96 --num_task_scenes 24 --num_eval_rows 2",
     "recipes/encode_images.py": "--num_scenes 96",
     "recipes/build_retrieval_index.py": "--num_scenes 96 --memory_num_scenes 96",
-    "recipes/evaluate.py": "--num_scenes 4 --num_captions 4",
+    # a model that writes words, without which there is no CIDEr
+    "recipes/evaluate.py": "--num_scenes 4 --num_captions 4 --model_name_or_path runs/trained",
     "recipes/evaluate_geneval.py": "--num_images 1 --num_inference_steps 2",
     "recipes/export_checkpoint.py": "--checkpoint runs/mine/checkpoint-2",  # the last of a run of two steps
     "recipes/reproduce.py": "--quick --variants 'linear-causal: model.image_attention=causal'"
@@ -101,6 +103,7 @@ def write_stand_ins(folder: Path) -> None:
 def write_earlier_work(folder: Path) -> None:
     """Leaves what pages speak of and no block of theirs makes."""
     (folder / "runs" / "mine").mkdir(parents=True)
+    shutil.copytree(hf_mm.DEFAULT_CHECKPOINT, folder / "runs" / "trained")
     # what tuning a CM3Leon comes to; the page of tuning names its recipe in a comment
     (folder / "runs" / "cm3leon_tiny_sft").symlink_to(hf_mm.CHECKPOINTS / "cm3leon-tiny")
     batch = {"0.input_ids": torch.ones(2, 3, dtype=torch.long), "0.latents": torch.full((2, 3, 4, 4), torch.nan)}
@@ -171,7 +174,7 @@ def parse(block: str) -> None:
         match shlex.split(line, comments=True):
             case ["accelerate", "launch", *words]:
                 launch = launch_command_parser().parse_args(words)
-                assert load_config_from_file(ROOT / launch.config_file).num_machines
+                assert load_config_from_file(launch.config_file).num_machines
                 assert launch.training_script == "recipes/pretrain.py"
                 parse_recipe(*pretrain.ARGUMENTS, argv=launch.training_script_args)
             case ["OMP_NUM_THREADS=1", "python", script, *words]:
