@@ -165,7 +165,8 @@ def serve(block: str, folder: Path, environment: dict[str, str]) -> Iterator[str
             assert lines and lines[-1].startswith(last), f"{block} ended with {process.wait()}"
             yield "".join(lines)
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 def parse(block: str) -> None:
