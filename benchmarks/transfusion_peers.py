@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
-from transfusion_pytorch import Transfusion
 
 from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration
 from timing import DTYPES, Clock, benchmark_parser, count_parameters, judge
@@ -46,8 +45,10 @@ def build_ours(hidden_size: int, num_layers: int, intermediate_size: int) -> Tra
     return TransfusionForConditionalGeneration(config)
 
 
-def build_peer(hidden_size: int, num_layers: int) -> Transfusion:
+def build_peer(hidden_size: int, num_layers: int) -> nn.Module:
     """Builds the peer as its README does, but for Euler's method: one evaluation of the model a step, as ours."""
+    from transfusion_pytorch import Transfusion  # here, so that `--help` does without
+
     return Transfusion(
         num_text_tokens=VOCAB_SIZE,
         dim_latent=CHANNELS * PATCH_SIZE**2,
