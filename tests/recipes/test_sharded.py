@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from micro_run import MICRO_MODEL
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
@@ -77,6 +78,25 @@ def test_sharded_bf16_computes_as_one_process_does_and_adds_up_gradients_in_floa
     for name in ("loss", "text_loss", "image_loss"):
         assert two[name] == pytest.approx(one[name], rel=2e-5), name
     assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-4)
+
+
+@pytest.mark.slow
+def test_sharded_bf16_trains_with_an_image_tokenizer_where_one_process_has_no_image(
+    run, run_sharded, entries, tmp_path, tiny_vae
+):
+    (tmp_path / "latents.json").write_text(json.dumps({**MICRO_MODEL, "patch_size": 2, "vae_config": tiny_vae}))
+    (tmp_path / "texts").mkdir()
+    rows = [json.dumps({"text": f"{number} red stars"}) for number in range(9)]
+    (tmp_path / "texts" / "train.jsonl").write_text("\n".join(rows))
+    settings = {"config_name": tmp_path / "latents.json", "text_dataset_name": tmp_path / "texts", "max_steps": 6,
+                "text_token_share": 0.5, "mixed_precision": "bf16"}  # fmt: skip
+    whole = run("whole", per_device_train_batch_size=4, **settings)
+    run_sharded("sharded", per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings)
+    one, two = map(entries, (whole, tmp_path / "sharded"))
+    seen = [entry["num_images_seen"] for entry in one.values()]
+    assert min(later - before for before, later in zip([0, *seen], seen, strict=False)) <= 1  # of four rows
+    assert [entry["num_images_seen"] for entry in two.values()] == seen
+    assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=2e-3)
 
 
 @pytest.mark.slow

@@ -324,11 +324,16 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=resolve_mixed_precision(recipe.mixed_precision, _find_device_type()),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=recipe.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+            num_steps=recipe.gradient_accumulation_steps,
+            adjust_scheduler=False,
+            sync_with_dataloader=False,
+            # Else each process of a sharded run adds up, in float32, the gradients of all weights.
+            sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP"),
         ),
         log_with=[name for name in recipe.report_to if name != "none"] or None,
         project_config=ProjectConfiguration(project_dir=recipe.output_dir, logging_dir=recipe.output_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # A process whose batch has no images leaves patch layers unused; before its turn a discriminator is, too.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
         step_scheduler_with_optimizer=False,
     )
     if accelerator.is_fsdp2:
