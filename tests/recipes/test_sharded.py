@@ -88,15 +88,14 @@ def test_sharded_bf16_trains_with_an_image_tokenizer_where_one_process_has_no_im
     (tmp_path / "texts").mkdir()
     rows = [json.dumps({"text": f"{number} red stars"}) for number in range(9)]
     (tmp_path / "texts" / "train.jsonl").write_text("\n".join(rows))
-    settings = {"config_name": tmp_path / "latents.json", "text_dataset_name": tmp_path / "texts", "max_steps": 6,
+    settings = {"config_name": tmp_path / "latents.json", "text_dataset_name": tmp_path / "texts", "max_steps": 3,
                 "text_token_share": 0.5, "mixed_precision": "bf16"}  # fmt: skip
     whole = run("whole", per_device_train_batch_size=4, **settings)
     run_sharded("sharded", per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings)
     one, two = map(entries, (whole, tmp_path / "sharded"))
     seen = [entry["num_images_seen"] for entry in one.values()]
-    assert min(later - before for before, later in zip([0, *seen], seen, strict=False)) <= 1  # of four rows
-    assert [entry["num_images_seen"] for entry in two.values()] == seen
-    assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=2e-3)
+    assert seen[:2] == [1, 2] and [entry["num_images_seen"] for entry in two.values()] == seen  # one in four rows
+    assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=1e-3)
 
 
 @pytest.mark.slow
