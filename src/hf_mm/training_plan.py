@@ -245,10 +245,9 @@ def plan_training(
 def _plan_memory(model: Any, args: PlanArguments, trained: int, total: int, has_ema: bool) -> dict[str, Any]:
     """Adds up the bytes of one GPU: what lies there all the time, and what a forward and backward pass adds.
 
-    Weights, gradients and both moments are float32, an average of the weights too. DDP has a second copy of the
-    gradients, its buckets. FSDP2 gathers, in the precision of computing: the layer at work and the next one, the
-    buffer that these arrive in, all that is in no layer, and the gradients of a layer and of the last group, with the
-    buffer that they leave by.
+    Weights, gradients and both moments are float32, an average of the weights too. FSDP2 gathers, in the precision of
+    computing: the layer at work and the next one, the buffer that these arrive in, all that is in no layer, and the
+    gradients of a layer and of the last group; and in float32 the buffer that gradients leave by.
     """
     shards = args.num_gpus if args.sharding == "fsdp2" else 1
     memory = {"weights": total * 4 // shards, "gradients": trained * 4 // shards, "optimizer": trained * 8 // shards}
@@ -257,13 +256,11 @@ def _plan_memory(model: Any, args: PlanArguments, trained: int, total: int, has_
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision or "no"]
     if args.sharding == "fsdp2":
         width = 4 if dtype is None else 2
-        layers = [part for part in model.modules() if type(part).__name__ in model._no_split_modules]
+        layers = [part for part in model.modules() if type(part).__name__ in type(model)._no_split_modules]
         sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
         outside = total - sum(sizes)
-        memory["gathered"] = width * (5 * max(sizes) + 2 * outside)
+        memory["gathered"] = width * (4 * max(sizes) + 2 * outside) + 4 * max(sizes)
         model = model if dtype is None else model.to(dtype)
-    elif args.num_gpus > 1:
-        memory["buckets"] = trained * 4
 
     def measure(num_windows: int) -> int:
         return measure_activations(

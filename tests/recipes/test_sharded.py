@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from micro_run import MICRO_MODEL
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
@@ -58,6 +59,43 @@ def test_sharded_weights_train_draw_and_export_like_whole_ones(run, run_sharded,
     configs = [json.loads((folder / "config.json").read_text()) for folder in (whole, sharded)]
     assert configs[1]["text_config"].pop("dtype") == configs[1]["dtype"]  # written by loading
     assert configs[0] == configs[1]
+
+
+@pytest.mark.slow
+def test_sharded_bf16_computes_as_one_process_does_and_adds_up_gradients_in_float32(
+    run, run_sharded, entries, tmp_path
+):
+    whole = run("whole", per_device_train_batch_size=8, max_steps=1, mixed_precision="bf16")
+    run_sharded("sharded", max_steps=1, mixed_precision="bf16")
+
+    policies = json.loads((tmp_path / "sharded" / "precisions.json").read_text())
+    wanted = {"param_dtype": "torch.bfloat16", "reduce_dtype": "torch.float32", "output_dtype": None,
+              "cast_forward_inputs": False}  # fmt: skip
+    assert len(policies) >= 4 and all(policy == wanted for policy in policies)  # both layers, the last norm, the rest
+    one, two = (entries(folder)[1] for folder in (whole, tmp_path / "sharded"))
+    # Were latents and timesteps rounded to bf16, the losses would differ by 3e-4 and the norm by 2e-3; were the loss
+    # itself, by 1e-3.
+    for name in ("loss", "text_loss", "image_loss"):
+        assert two[name] == pytest.approx(one[name], rel=2e-5), name
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=5e-4)
+
+
+@pytest.mark.slow
+def test_sharded_bf16_trains_with_an_image_tokenizer_where_one_process_has_no_image(
+    run, run_sharded, entries, tmp_path, tiny_vae
+):
+    (tmp_path / "latents.json").write_text(json.dumps({**MICRO_MODEL, "patch_size": 2, "vae_config": tiny_vae}))
+    (tmp_path / "texts").mkdir()
+    rows = [json.dumps({"text": f"{number} red stars"}) for number in range(9)]
+    (tmp_path / "texts" / "train.jsonl").write_text("\n".join(rows))
+    settings = {"config_name": tmp_path / "latents.json", "text_dataset_name": tmp_path / "texts", "max_steps": 3,
+                "text_token_share": 0.5, "mixed_precision": "bf16"}  # fmt: skip
+    whole = run("whole", per_device_train_batch_size=4, **settings)
+    run_sharded("sharded", per_device_train_batch_size=1, gradient_accumulation_steps=2, **settings)
+    one, two = map(entries, (whole, tmp_path / "sharded"))
+    seen = [entry["num_images_seen"] for entry in one.values()]
+    assert seen[:2] == [1, 2] and [entry["num_images_seen"] for entry in two.values()] == seen  # one in four rows
+    assert [two[step]["loss"] for step in two] == pytest.approx([one[step]["loss"] for step in one], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ Knows parameters and a recipe. Does not know what the model computes.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -59,8 +59,26 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
         model.compile()  # in place: the names in the state dict stay as they are
     optimizer = build_optimizer(model, recipe)
     lr_scheduler = build_lr_scheduler(optimizer, recipe)
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared_model, prepared_optimizer = _place(accelerator, model, optimizer)
     return TrainingParts(prepared_model, prepared_optimizer, lr_scheduler, build_ema(prepared_model, recipe))
+
+
+def _place(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Places model and optimizer on the devices, under FSDP2 in shards.
+
+    Layers are sharded that the model's class names: an instance names those of its parts too, and accelerate refuses
+    a name without a layer, as a VAE has. What a process did not use in a step, its patch layers where no document had
+    an image, adds zeros to the gradients of the others, which would wait for it without end. (Unlike elsewhere a layer
+    that no process used then still moves, by its moments and its decay.)
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(getattr(type(model), "_no_split_modules", None) or ())
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    prepared_model.set_reduce_scatter_unused_params(True)
+    return prepared_model, prepared_optimizer
 
 
 def set_attention(accelerator: Accelerator, model: nn.Module, recipe: TrainingRecipe) -> None:

@@ -16,7 +16,13 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
 from transformers import HfArgumentParser
 
 
@@ -288,11 +294,24 @@ def _find_device_type() -> str:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type
 
 
+def _choose_sharded_precision(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Keeps in float32, of a sharded run in low precision, what accelerate would round.
+
+    Its policy adds up gradients in the low precision, and rounds the loss and the inputs of `forward`: of timesteps
+    bf16 keeps eight bits, so that 999 becomes 1000, one past the last. Models cast inputs to their layers themselves.
+    """
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+
+
 def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     """Builds the `Accelerator` of a run, seeds Python, NumPy and torch, and starts the trackers.
 
     The number of accumulated micro-batches is the recipe's, whatever the launcher's configuration says. Parameters
-    may be without gradient in a step, so that a process whose batch has no images does not block the others.
+    may be without gradient in a step, so that a process whose batch has no images does not block the others. Under
+    FSDP2 in low precision the weights are gathered in it; gradients are added up in float32, and inputs not rounded.
 
     Args:
         recipe (`TrainingRecipe`): The run.
@@ -305,13 +324,20 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=resolve_mixed_precision(recipe.mixed_precision, _find_device_type()),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=recipe.gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+            num_steps=recipe.gradient_accumulation_steps,
+            adjust_scheduler=False,
+            sync_with_dataloader=False,
+            # Else each process of a sharded run adds up, in float32, the gradients of all weights.
+            sync_each_batch=parse_flag_from_env("ACCELERATE_USE_FSDP"),
         ),
         log_with=[name for name in recipe.report_to if name != "none"] or None,
         project_config=ProjectConfiguration(project_dir=recipe.output_dir, logging_dir=recipe.output_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # A process whose batch has no images leaves patch layers unused; before its turn a discriminator is, too.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.is_fsdp2:
+        _choose_sharded_precision(accelerator.state.fsdp_plugin)
     fields = vars(recipe).items()
     plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in fields}
     accelerator.init_trackers("logs", config=plain)  # trackers take no lists and no None
