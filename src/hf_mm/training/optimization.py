@@ -68,8 +68,8 @@ def _place(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
 
     Layers are sharded that the model's class names: an instance names those of its parts too, and accelerate refuses
     a name without a layer, as a VAE has. What a process did not use in a step, its patch layers where no document had
-    an image, adds zeros to the gradients of the others, which would wait for it without end. (Unlike elsewhere a layer
-    that no process used then still moves, by its moments and its decay.)
+    an image, adds zeros to the gradients of the others: without them it would send fewer numbers than they expect.
+    (Unlike elsewhere a layer that no process used then still moves, by its moments and its decay.)
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
