@@ -1,9 +1,6 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,15 +112,6 @@ def make_llama(max_position_embeddings: int) -> LlamaForCausalLM:
     )
 
 
-@pytest.fixture
-def fresh_state() -> Iterator[None]:
-    """Accelerate keeps the precision that a process began with."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("fresh_state")
 @pytest.mark.parametrize(
     ("choice", "mixed_precision", "longest", "trained_with"),
     [
