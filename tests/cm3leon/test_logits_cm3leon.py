@@ -329,6 +329,8 @@ def test_impossible_tokens_are_not_drawn_where_sums_are_rounded_another_way(monk
         ({"guidance_scale": float("inf")}, "guidance_scale.*inf"),
         ({"temperature": float("inf")}, "temperature.*inf"),
         ({"image_guidance_scale": 0}, "image_guidance_scale.*0"),
+        ({"guidance_scale": 10**400}, "guidance_scale.*10{400} .*not finite"),
+        ({"temperature": 10**400}, "temperature.*10{400} .*finite"),
         ({"temperature": 0}, "temperature.*0.*do_sample"),
         ({"top_k": 0}, "top_k.*0"),
         ({"top_p": 0}, "top_p.*0"),

@@ -380,3 +380,11 @@ def test_descriptions_that_are_numbers_are_refused_by_their_row():
     rows = Dataset.from_list([{"text": "a", "description": 1.5}])
     with pytest.raises(ValueError, match="Row 0, column `description`: float, must be a string"):
         prepare_encoded(rows, CaptionArguments())
+
+
+def test_keywords_that_are_no_words_are_refused_by_their_row():
+    rows = Dataset.from_list([{"text": "a", "keywords": [{"name": "red"}]}])
+    with pytest.raises(ValueError, match="Row 0, column `keywords`: .* must be a string or a list of strings"):
+        prepare_encoded(rows, CaptionArguments())
+    kept, _ = prepare_encoded(Dataset.from_list([{"text": "a", "keywords": ["red", None]}]), CaptionArguments())
+    assert len(kept) == 1

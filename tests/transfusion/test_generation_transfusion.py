@@ -335,6 +335,10 @@ def test_drawing_arguments_out_of_range_are_refused_by_name(make_model, argument
         make_model().draw_images(torch.tensor([[BOS, 11]]), **{**DRAWING, **arguments})
 
 
+def test_a_scale_beyond_the_whole_numbers_of_a_tensor_is_a_scale_still(make_model):
+    make_model().draw_images(torch.tensor([[BOS, 11]]), **{**DRAWING, "guidance_scale": 10**30})
+
+
 def test_prompts_that_open_an_image_and_prompts_that_do_not_are_not_mixed(make_model, boi):
     with pytest.raises(ValueError, match="image-opening"):
         make_model().draw_images(torch.tensor([[BOS, boi], [BOS, 11]]), **DRAWING)

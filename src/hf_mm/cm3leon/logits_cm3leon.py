@@ -462,10 +462,11 @@ class CodeSampling:
             kind, wanted = (Integral, "a whole number") if name.endswith("_k") else (Real, "a number")
             if value is not None and name not in ("decoding", "do_sample") and not isinstance(value, kind):
                 raise ValueError(f"`{name}`={value!r} must be {wanted}.")
+        largest = torch.finfo(torch.float32).max  # an int may be beyond every float
         for name in ("guidance_scale", "image_guidance_scale"):
-            if not 1 <= (value := self.__dict__[name]) < math.inf:
+            if not 1 <= (value := self.__dict__[name]) <= largest:
                 raise ValueError(f"`{name}`={value} is below 1 or not finite. Use 1 to switch guidance off.")
-        if not 0 < self.temperature < math.inf:
+        if not 0 < self.temperature <= largest:
             raise ValueError(
                 f"`temperature`={self.temperature} must be above 0, and finite; `do_sample=False` takes the best."
             )

@@ -204,7 +204,10 @@ class _Judge:
 
     def clean(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """Cleans a row's text and judges what needs no image and no tokenizer."""
-        check_texts({column: row.get(column) for column in ("text", "description")}, f"Row {number}")
+        given = {column: row.get(column) for column in TEXT_COLUMNS}
+        words = {column: [word for word in value if word is not None]
+                 for column, value in given.items() if isinstance(value, list)}  # fmt: skip
+        check_texts(given | words, f"Row {number}")
         parts, changes = clean_parts(row, self.patterns)
         row_id = str(number if row.get("id") is None else row["id"])
         hashes = dict.fromkeys(HASH_COLUMNS, 0)

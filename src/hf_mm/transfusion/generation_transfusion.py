@@ -47,7 +47,7 @@ def fold_streams(predictions: Sequence[torch.Tensor], scales: Sequence[float]) -
     """
     folded = predictions[0]
     for scale, upper, lower in zip(scales, predictions, predictions[1:], strict=False):
-        folded = folded + (scale - 1) * (upper - lower)
+        folded = folded + (float(scale) - 1) * (upper - lower)  # an int may be beyond what a tensor takes
     return folded
 
 
