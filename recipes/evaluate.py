@@ -10,7 +10,6 @@ were measured in the same folder before, with the same fields, stay in its table
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from evaluation_report import keep_earlier_scores, list_results, write_report
-from hf_mm.cards import add_eval_results
+from hf_mm.cards import add_eval_results, spell_command
 from hf_mm.data.fingerprints import digest_weights
 from hf_mm.data.icon_scenes import icon_scenes_dataset
 from hf_mm.evaluation.zero_shot import LLAMA2_SUITE
@@ -187,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     scores = {**earlier, "weights": weights, **measure(pipe, recipe, folder)}
     write_report(scores, recipe, folder)
     if Path(recipe.model_name_or_path).is_dir():
-        note = f"`recipes/evaluate.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
+        note = f"`{spell_command('evaluate.py', sys.argv[1:] if argv is None else argv)}`"
         add_eval_results(recipe.model_name_or_path, list_results(scores, recipe), note=note)
     print(json.dumps(scores, indent=2))
     print(f"Scores are in {folder}.")

@@ -13,7 +13,6 @@ each picture, `tag`, `prompt` and `correct`. A run that was stopped goes on wher
 
 import importlib
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from evaluation_report import draw_shares, keep_earlier_scores
-from hf_mm.cards import add_eval_results, tabulate_results
+from hf_mm.cards import add_eval_results, spell_command, tabulate_results
 from hf_mm.evaluation.geneval import (
     NUM_PROMPTS,
     Scorer,
@@ -157,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     (folder / "scores.md").write_text(table + "\n", encoding="utf-8")
     draw_shares(list_results(summary)).save(folder / "scores.png")
     if Path(recipe.model_name_or_path).is_dir():
-        note = f"`recipes/evaluate_geneval.py {shlex.join(sys.argv[1:] if argv is None else argv)}`"
+        note = f"`{spell_command('evaluate_geneval.py', sys.argv[1:] if argv is None else argv)}`"
         add_eval_results(recipe.model_name_or_path, list_results(summary), note=note)
     print(table)
     return summary

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from PIL import Image, ImageDraw
 
-from hf_mm.cards import tabulate_results
+from hf_mm.cards import tabulate_results, without_folders
 
 
 SHARES = ("scene_correct", "strict_correct", "glyph_correct", "color_correct")
@@ -26,6 +26,7 @@ def list_results(scores: Mapping[str, Any], recipe: Any) -> list[EvalResult]:
     Returns:
         `list[EvalResult]`: shares from 0 to 1 have the type `accuracy`; intervals are in `metric_args`.
     """
+    scores = without_folders(scores)
     scenes = f"held-out scenes of {recipe.glyph_set}"
 
     def result(task: str, config: str, data: str, name: str, of_one: Mapping[str, Any], kind: str = "accuracy") -> Any:

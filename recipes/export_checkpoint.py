@@ -15,6 +15,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from building import ModelArguments, build_model, find_text_tokenizer, load_config
+from hf_mm.cards import spell_command
 from hf_mm.hub import export_folder
 from hf_mm.text_to_image import build_drawing_pipeline
 from hf_mm.training.checkpoint import MANIFEST_NAME, is_complete
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     recipe = {"push_to_hub": None, **asdict(model_args), **identity}
     facts = {
-        "command": f"recipes/export_checkpoint.py {' '.join(argv)}",
+        "command": spell_command("export_checkpoint.py", argv),
         "seed": identity["seed"],
         "step": saved["step"],
     }

@@ -5,7 +5,6 @@ import itertools
 import json
 import platform
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from hf_mm.cards import HERE, write_card
+from hf_mm.cards import HERE, spell_command, without_folders, write_card
 from hf_mm.data.formats import iterate_captions
 from hf_mm.hub import export_folder
 from hf_mm.text_to_image import build_drawing_pipeline
@@ -77,7 +76,7 @@ def describe_run(
     history = read_history(Path(recipe.output_dir) / "history.jsonl") if accelerator.is_main_process else []
     minutes = sum(entry["step_seconds"] for entry in history) * recipe.logging_steps / 60
     return {
-        "command": f"recipes/{script} {shlex.join(argv)}",
+        "command": spell_command(script, argv),
         "seed": recipe.seed,
         "num_processes": accelerator.num_processes,
         "hardware": describe_hardware(accelerator.device),
@@ -271,9 +270,9 @@ def card_values(
         "place": recipe["push_to_hub"] or HERE,
         "num_parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
         "facts": facts,
-        "data": ", ".join(f"`{name}`" for name in find_data(recipe)),
+        "data": ", ".join(f"`{name}`" for name in without_folders(find_data(recipe))),
         "caption_report": data_report,
-        "recipe": json.dumps(recipe, indent=2),
+        "recipe": json.dumps(without_folders(recipe), indent=2),
         "pictures": pictures,
     }
 

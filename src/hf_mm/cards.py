@@ -3,6 +3,7 @@
 Knows front matter and Markdown. Does not know how scores come about.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,36 @@ def write_card(
     card = ModelCard.from_template(ModelCardData(**marked), template_path=str(template), **values)
     card.save(Path(folder) / "README.md")
     return card
+
+
+def without_folders(value: Any) -> Any:
+    """Calls absolute paths by their last name, in lists and mappings too: where they lie is no reader's business.
+
+    Example:
+        >>> without_folders({"output_dir": "/home/me/runs/mine", "seed": 3})
+        {'output_dir': 'mine', 'seed': 3}
+
+    """
+    if isinstance(value, Mapping):
+        return {name: without_folders(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else value
+
+
+def spell_command(script: str, argv: Sequence[str]) -> str:
+    """Spells the command line of a recipe for a card, absolute paths by their last names.
+
+    Args:
+        script (`str`): File name of the recipe.
+        argv (`Sequence[str]`): What followed it.
+
+    Returns:
+        `str`: such as `recipes/sft.py --seed 3`.
+    """
+    parts = (word.partition("=") for word in map(str, argv))
+    words = ["".join((without_folders(name), equals, without_folders(value))) for name, equals, value in parts]
+    return shlex.join([f"recipes/{script}", *words])
 
 
 def complete_card(folder: Path, **data: Any) -> None:

@@ -7,7 +7,7 @@ from hub_server import find_faults
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_mm.cards import HERE, add_eval_results, complete_card, rename, write_card
+from hf_mm.cards import HERE, add_eval_results, complete_card, rename, spell_command, without_folders, write_card
 
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -88,6 +88,14 @@ def test_examples_get_the_names_of_the_hub_and_nothing_else_does(tmp_path):
         text = (tmp_path / "README.md").read_text()
         assert '("."' not in text and '="."' not in text and ', ".")' not in text and '{"output_dir": "."}' in text
         assert '"you/model"' in text and (template.stem != "adapter" or 'from_pretrained("you/base", ' in text)
+
+
+def test_cards_do_not_say_where_folders_lie():
+    recipe = {"output_dir": "/home/me/runs/mine", "names": ["/data/a", "icon_scenes:shapes"], "steps": 3, "none": None}
+    assert without_folders(recipe) == {**recipe, "output_dir": "mine", "names": ["a", "icon_scenes:shapes"]}
+    argv = ["--model_name_or_path", "/home/me/a model", "--output_dir=/home/me/out", "--config", "recipes/x.yaml"]
+    told = "recipes/sft.py --model_name_or_path 'a model' --output_dir=out --config recipes/x.yaml"
+    assert spell_command("sft.py", argv) == told
 
 
 def test_a_folder_without_a_card_gets_none_with_scores(tmp_path):

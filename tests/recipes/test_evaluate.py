@@ -89,6 +89,7 @@ def test_every_metric_comes_with_its_interval_into_json_table_picture_and_card(w
     text = ModelCard.load(model_dir / "README.md").text
     for name in ("strict correct", "glyph named", "fid", "fid of true halves", "clip score", "cider", "bits per byte"):
         assert f"| {name} | " in table and f"| {name} | " in text
+    assert str(tmp_path) not in (model_dir / "README.md").read_text()
     assert f"| cider | {scores['cider']['cider']:.4g} (" in table and " to " in table
     with Image.open(tmp_path / "out" / "scores.png") as plot:
         assert plot.width > 900 and len(plot.getcolors(999_999)) > 3

@@ -41,7 +41,7 @@ def test_a_run_leaves_a_folder_that_every_door_opens(run, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "text-to-image" and card.data.license == "apache-2.0"
     assert "4 steps, on 23 rows" in card.text and "- num_images_seen: 16" in card.text
-    assert '"learning_rate": 0.01' in card.text
+    assert '"learning_rate": 0.01' in card.text and str(tmp_path) not in card.content
 
     model = AutoModelForMultimodalLM.from_pretrained(folder)
     assert model.config.text_config.vocab_size == len(AutoProcessor.from_pretrained(folder).tokenizer)
