@@ -161,9 +161,10 @@ def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
         ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
     ],
 )
-def test_what_cannot_be_tuned_is_refused_by_name(fields, message, transfusion, tune):
+def test_what_cannot_be_tuned_is_refused_by_name(fields, message, transfusion, tune, tmp_path):
     with pytest.raises(ValueError, match=message):
-        tune(transfusion, **fields)
+        tune(transfusion, report_to="tensorboard", **fields)
+    assert not list(tmp_path.rglob("logs"))
 
 
 def test_an_edit_whose_pictures_differ_in_size_is_refused_with_its_row(transfusion, tune, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -141,15 +142,15 @@ class LostTracker:
 def test_training_goes_on_without_its_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lost, build = LostTracker(), toy_run.start.__globals__["build_accelerator"]
+    lost, prepare = LostTracker(), toy_run.start.__globals__["prepare_training"]
 
-    def build_with_lost_tracker(recipe: TrainingRecipe) -> Accelerator:
-        accelerator = build(recipe)
+    def prepare_with_lost_tracker(accelerator: Accelerator, *others: Any) -> Any:
+        parts = prepare(accelerator, *others)
         accelerator.trackers.append(lost)
-        return accelerator
+        return parts
 
     whole = run_here(tmp_path / "whole")
-    monkeypatch.setitem(toy_run.start.__globals__, "build_accelerator", build_with_lost_tracker)
+    monkeypatch.setitem(toy_run.start.__globals__, "prepare_training", prepare_with_lost_tracker)
     accelerator, parts, reason = toy_run.start(make_recipe(tmp_path / "lost"), toy_run.ToyRecipe())
     end_training(accelerator)
     assert reason == "max_steps" and lost.num_asked == 6

@@ -6,6 +6,7 @@ How a picture is opened and documents are found comes as arguments.
 
 import html
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ PROMPTS = (
 
 Message = dict[str, Any]
 
+# Names of fields stand between backticks in errors, which the page shows as HTML.
+CODE = re.compile("`([^`]+)`")
+
 
 @contextmanager
 def shown_errors() -> Iterator[None]:
@@ -34,7 +38,7 @@ def shown_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        message = html.escape(" ".join(str(error).split()))
+        message = CODE.sub(r"<code>\1</code>", html.escape(" ".join(str(error).split())))
         raise gr.Error(message, print_exception=False) from error
 
 

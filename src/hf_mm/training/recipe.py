@@ -307,7 +307,7 @@ def _choose_sharded_precision(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
-    """Builds the `Accelerator` of a run, seeds Python, NumPy and torch, and starts the trackers.
+    """Builds the `Accelerator` of a run, and seeds Python, NumPy and torch.
 
     The number of accumulated micro-batches is the recipe's, whatever the launcher's configuration says. Parameters
     may be without gradient in a step, so that a process whose batch has no images does not block the others. Under
@@ -338,7 +338,4 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     )
     if accelerator.is_fsdp2:
         _choose_sharded_precision(accelerator.state.fsdp_plugin)
-    fields = vars(recipe).items()
-    plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in fields}
-    accelerator.init_trackers("logs", config=plain)  # trackers take no lists and no None
     return accelerator

@@ -14,6 +14,18 @@ from accelerate import Accelerator
 logger = logging.getLogger(__name__)
 
 
+def start_trackers(accelerator: Accelerator, fields: Mapping[str, Any]) -> None:
+    """Starts the trackers of a run, not before it can begin: a refused one leaves no folder behind.
+
+    Args:
+        accelerator (`Accelerator`): From `build_accelerator`.
+        fields (`Mapping[str, Any]`): Of the recipe, shown beside the curves.
+
+    """
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in fields.items()}
+    accelerator.init_trackers("logs", config=plain)  # trackers take no lists and no None
+
+
 def log_to_trackers(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
     """Logs values to every tracker; one that fails costs a warning, and is tried again the next time.
 
