@@ -31,7 +31,7 @@ from building import (
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.captions import row_weights
 from hf_mm.data.cm3_masking import SpanArguments
-from hf_mm.data.documents import DocumentLimit, load_texts
+from hf_mm.data.documents import DocumentLimit, keep_usable_texts, load_texts
 from hf_mm.data.mixing import DocumentArguments, StepSampler, document_share
 from hf_mm.data.retrieved_documents import MemoryBank, RetrievalArguments, RetrievedPairs
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
@@ -42,7 +42,7 @@ from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recip
 from pushing import HubPush
 from reporting import RunReport, describe_run, finish_run, first_captions
 from retrieving import TrainingMemory
-from task_sources import iterate_task_texts
+from task_sources import iterate_task_texts, load_task_texts
 
 
 @dataclass
@@ -54,6 +54,13 @@ class PretrainArguments(HeldOutArguments):
     text_dataset_config_name: str | None = field(default=None, metadata={"help": "Their configuration."})
     text_dataset_split: str = field(default="train", metadata={"help": "Their split, e.g. train or train[:100000]."})
     text_dataset_column: str = field(default="text", metadata={"help": "Their column."})
+    text_sources: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Text-only rows instead: the texts of these tasks of tuning, as in `sources` of recipes/sft.py, "
+            "so that a model without a corpus knows the words of its tasks."
+        },
+    )
     tokenizer_sources: list[str] = field(
         default_factory=list,
         metadata={
@@ -65,6 +72,14 @@ class PretrainArguments(HeldOutArguments):
         default_factory=list, metadata={"help": "Of the grids; none: held-out captions."}
     )
     num_samples: int = field(default=16, metadata={"help": "Pictures of a grid without prompts of its own."})
+
+    def __post_init__(self) -> None:
+        """Refuses two origins of text-only rows."""
+        if self.text_dataset_name is not None and self.text_sources:
+            raise ValueError(
+                f"`text_dataset_name`={self.text_dataset_name!r} and `text_sources`={self.text_sources} are two "
+                "origins of text-only rows. Give one."
+            )
 
 
 ARGUMENTS = (
@@ -87,6 +102,20 @@ class RunRows(NamedTuple):
     held_out: Dataset
     memory: MemoryBank | None
     caption_report: str
+
+
+def open_texts(extra: PretrainArguments, reserved: Sequence[str], open_size: dict[str, Any]) -> tuple[Dataset, int]:
+    """Opens the text-only rows that are asked for, without those of no use, and says how many of these there were."""
+    if extra.text_sources:
+        return keep_usable_texts(load_task_texts(extra.text_sources, **open_size), reserved, "`text_sources`")
+    assert extra.text_dataset_name is not None
+    return load_texts(
+        extra.text_dataset_name,
+        split=extra.text_dataset_split,
+        config_name=extra.text_dataset_config_name,
+        column=extra.text_dataset_column,
+        reserved=reserved,
+    )
 
 
 def prepare_run_rows(
@@ -122,15 +151,9 @@ def prepare_run_rows(
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "caption_report.json").write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
     shown = "" if report is None else report.to_markdown()
-    if extra.text_dataset_name is None:
+    if extra.text_dataset_name is None and not extra.text_sources:
         return RunRows(pairs, None, held_out, bank, shown)
-    texts, num_dropped = load_texts(
-        extra.text_dataset_name,
-        split=extra.text_dataset_split,
-        config_name=extra.text_dataset_config_name,
-        column=extra.text_dataset_column,
-        reserved=tokenizer.all_special_tokens,
-    )
+    texts, num_dropped = open_texts(extra, tokenizer.all_special_tokens, open_size)
     shown += f"\n\nText-only rows: {len(texts)}; {num_dropped} dropped, empty or with a special token in the text."
     return RunRows(pairs, texts, held_out, bank, shown.strip())
 

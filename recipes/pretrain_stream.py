@@ -57,6 +57,7 @@ def refuse_what_needs_all_rows(captions: CaptionArguments, extra: PretrainArgume
     """Refuses fields that need rows by number, before anything is read."""
     asked = {
         "text_dataset_name": extra.text_dataset_name,
+        "text_sources": extra.text_sources or None,
         "eval_dataset_split": extra.eval_dataset_split,
         "near_duplicate_distance": captions.near_duplicate_distance,
         "people_oversampling or high_aesthetic_oversampling": captions.is_weighted or None,

@@ -305,7 +305,7 @@ def describe_origin(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def find_data(recipe: Mapping[str, Any]) -> list[str]:
     """The names of what a run read."""
     names = [recipe.get(field) for field in ("dataset_name", "text_dataset_name")]
-    return [name for name in [*names, *recipe.get("sources", [])] if name]
+    return [name for name in [*names, *recipe.get("sources", []), *recipe.get("text_sources", [])] if name]
 
 
 def find_hub_id(name: str | None) -> str | None:

@@ -39,6 +39,7 @@ from hf_mm.data.tasks import (
 CHAT = "chat"
 NUM_SHARDS = 8
 NUM_TEXT_SCENES = 500  # of each task, for a tokenizer
+NUM_TEXT_ROW_SCENES = 2500  # of each task, for a model to read
 
 
 @dataclass
@@ -143,15 +144,30 @@ def open_source(spec: str, arguments: SourceArguments, image_size: int, seed: in
     )
 
 
-def iterate_task_texts(specs: Sequence[str], image_size: int, seed: int) -> Iterator[str]:
-    """Yields the texts of documents of tuning, for a text tokenizer to learn from.
+def load_task_texts(specs: Sequence[str], image_size: int, seed: int) -> Dataset:
+    """Loads the texts of documents of tuning as text-only rows: the language that tasks are asked in, no task.
 
     Args:
         specs (`list[str]`): Sources.
         image_size (`int`): Pixels of pictures, which boxes are told in proportion to.
         seed (`int`): Of embedded scenes.
     """
-    arguments = SourceArguments(sources=list(specs), num_task_scenes=NUM_TEXT_SCENES) if specs else None
+    texts = iterate_task_texts(specs, image_size, seed, num_scenes=NUM_TEXT_ROW_SCENES)
+    return Dataset.from_dict({"text": [text.strip() for text in texts]})
+
+
+def iterate_task_texts(
+    specs: Sequence[str], image_size: int, seed: int, *, num_scenes: int = NUM_TEXT_SCENES
+) -> Iterator[str]:
+    """Yields the texts of documents of tuning, for a text tokenizer to learn from.
+
+    Args:
+        specs (`list[str]`): Sources.
+        image_size (`int`): Pixels of pictures, which boxes are told in proportion to.
+        seed (`int`): Of embedded scenes.
+        num_scenes (`int`): Of each task that draws them.
+    """
+    arguments = SourceArguments(sources=list(specs), num_task_scenes=num_scenes) if specs else None
     for spec in specs:
         source = open_source(spec, arguments, image_size, seed)
         slots = [name for name, kind in source.rows.features.items() if not isinstance(kind, Image)]

@@ -94,6 +94,16 @@ def test_text_only_rows_are_mixed_in(run, entries, codes, tmp_path):
     assert 0 < entries(folder)[6]["num_image_items_seen"] < 6 * 4 * 16
 
 
+def test_a_model_reads_the_words_of_tasks_before_it_is_tuned_on_them(run, entries, codes):
+    asked = ["vqa@icon_scenes:shapes", "edit@icon_scenes:shapes"]
+    folder = run(max_steps=4, text_sources=asked, tokenizer_sources=asked, text_token_share=0.6, **codes)
+    card = (folder / "README.md").read_text()
+    assert "Text-only rows: 12500; 0 dropped" in card and "`vqa@icon_scenes:shapes`" in card
+    assert 0 < entries(folder)[4]["num_image_items_seen"] < 4 * 4 * 16
+    with pytest.raises(ValueError, match="`text_dataset_name`='me/texts' and `text_sources`=.*Give one"):
+        run(text_sources=asked, text_dataset_name="me/texts", **codes)
+
+
 def test_rows_without_codes_are_refused_with_the_way_to_make_them(run, codes):
     with pytest.raises(ValueError, match="'icon_scenes:shapes' has no column `codes`.*recipes/encode_images.py"):
         run(**{**codes, "dataset_name": "icon_scenes:shapes"})

@@ -37,7 +37,7 @@ def test_a_stopped_stream_goes_on_to_the_same_weights(make_words, request, sourc
 
 def test_what_needs_rows_by_number_is_refused(make_words, tmp_path):
     for field, value in (("eval_dataset_split", "validation"), ("text_dataset_name", "me/texts"),
-                         ("people_oversampling", 2)):  # fmt: skip
+                         ("text_sources", "vqa_v2"), ("people_oversampling", 2)):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{field}.* needs rows by number"):
             pretrain_stream.main(make_words("run", **{field: value}))
 

@@ -174,9 +174,26 @@ def load_texts(
         raise ValueError(f"`text_dataset_column`={column!r} holds {rows.features[column]}; it must hold strings.")
     rows = rows.select_columns(column)
     rows = rows if column == "text" else rows.rename_column(column, "text")
+    return keep_usable_texts(rows, reserved, f"`text_dataset_name`={str(source)!r}")
+
+
+def keep_usable_texts(rows: Dataset, reserved: Sequence[str], told: str) -> tuple[Dataset, int]:
+    """Drops texts that are empty or spell a special token.
+
+    Args:
+        rows (`datasets.Dataset`): With a column `text`.
+        reserved (`Sequence[str]`): Strings that no text may contain.
+        told (`str`): What an error calls the rows.
+
+    Returns:
+        `tuple[Dataset, int]`: the rows left, and how many were dropped.
+
+    Raises:
+        ValueError: If no row is left.
+    """
     kept = rows.filter(_IsUsable(tuple(reserved)), input_columns="text", desc="Preparing texts")
     if len(kept) == 0:
-        raise ValueError(f"`text_dataset_name`={str(source)!r}: no text is left of {len(rows)}.")
+        raise ValueError(f"{told}: no text is left of {len(rows)}.")
     return kept, len(rows) - len(kept)
 
 
