@@ -23,6 +23,8 @@ CODE_TOKEN = "<code:{}>"
 SENTINEL_TOKEN = "<sentinel:{}>"
 
 IMAGE_POSITIONS = ("running", "grid", "rotary")
+DECODER_BLOCKS = ("cm3leon", "chameleon")
+OBJECTIVES = ("cm3", "causal")
 
 # Beyond every model there is: a number of layers that is a slip of the pen is not built until memory is full.
 MAX_LAYERS = 1024
@@ -63,7 +65,23 @@ class CM3LeonConfig(PreTrainedConfig):
             rotated by places, so that a small model can look at the same place of another image, a picture that was
             given or retrieved. Behind a gap in an image, and in a span moved to the end, places are counted from 0
             anew, in training as in drawing.
-        layer_norm_eps (`float`, defaults to 1e-5): Added to the variance by the layer norms, which have no weights.
+        decoder_block (`str`, defaults to `"cm3leon"`):
+            `"cm3leon"`: the paper's. `"chameleon"`: the library's Chameleon blocks, Llama's with normed queries and
+            keys and norms behind attention and feed-forward instead of in front (`ChameleonSwinDecoderLayer`), rotary
+            positions instead of learned ones, a gated feed-forward of three matrices, and weights that begin as the
+            library's. Chameleon has besides `hidden_act="silu"`, `tie_word_embeddings=False`,
+            `initializer_range=0.02`, `z_loss_weight=1e-5` and `objective="causal"`.
+        objective (`str`, defaults to `"cm3"`):
+            What documents the model is trained on. `"cm3"`: spans move to the end behind sentinels, by which the
+            model fills in, captions, and has its unconditional stream. `"causal"`: documents as they are. Guidance
+            then leads away from a document that opens with an image, captions follow their image, and nothing can be
+            filled in.
+        z_loss_weight (`float`, defaults to 0.0):
+            Weight of the squared logarithm of the softmax's denominator, which keeps scores from drifting.
+        image_loss_weight (`float`, defaults to 1.0):
+            Weight of an image code in the loss, beside 1 of any other token; 0 leaves a model of text.
+        layer_norm_eps (`float`, defaults to 1e-5):
+            Added to the variance by the norms, which have no weights, but for those of Chameleon's blocks.
         initializer_range (`float`, defaults to 0.006):
             Standard deviation of the weights, a normal cut at three of them.
         position_initializer_range (`float`, defaults to 0.0002): The same for the position table.
@@ -79,7 +97,8 @@ class CM3LeonConfig(PreTrainedConfig):
         ValueError: If a field is out of its range or the fields do not fit each other.
 
     Source: CM3Leon (arXiv 2309.02591), section 2 and table 3. Differs: the paper prints neither how its 56320 entries
-    are divided nor its guidance scale; ours are the defaults above.
+    are divided nor its guidance scale; ours are the defaults above. Chameleon's blocks and z-loss: Chameleon (arXiv
+    2405.09818), section 2.3; with norms behind, as Transfusion's baseline has them (arXiv 2408.11039, section 4).
 
     Example:
         >>> config = CM3LeonConfig.from_preset("760M")
@@ -117,6 +136,10 @@ class CM3LeonConfig(PreTrainedConfig):
     max_position_embeddings: int = 4096
     hidden_act: str = "relu"
     image_positions: str = "running"
+    decoder_block: str = "cm3leon"
+    objective: str = "cm3"
+    z_loss_weight: float | int = 0.0
+    image_loss_weight: float | int = 1.0
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.006
     position_initializer_range: float = 0.0002
@@ -130,6 +153,8 @@ class CM3LeonConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.decoder_block == "chameleon":  # norms of queries and keys cannot be cut by heads
+            self.base_model_tp_plan = None
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -156,8 +181,6 @@ class CM3LeonConfig(PreTrainedConfig):
                 f"{self.image_size} pixels, {self.tokens_per_image} codes and 3 delimiters. Raise it to at least "
                 f"{shortest}, or lower `image_size`."
             )
-        if self.image_positions not in IMAGE_POSITIONS:
-            raise ValueError(f"`image_positions`={self.image_positions!r} must be one of {IMAGE_POSITIONS}.")
         if self.drawing_guidance_scale < 1:
             raise ValueError(
                 f"`drawing_guidance_scale`={self.drawing_guidance_scale} is below 1. Use 1 for no guidance."
@@ -170,7 +193,29 @@ class CM3LeonConfig(PreTrainedConfig):
                 f"`image_vocab_size`={self.image_vocab_size} is not the size of the image tokenizer's codebook, "
                 f"{codebook}. Set `image_vocab_size` to it, and extend the text tokenizer by as many codes."
             )
+        self._validate_choices()
         self._validate_vocabulary()
+
+    def _validate_choices(self) -> None:
+        """Refuses unknown names, blocks that cannot do what is asked of them, and weights below 0."""
+        names = {"image_positions": IMAGE_POSITIONS, "decoder_block": DECODER_BLOCKS, "objective": OBJECTIVES}
+        for name, known in names.items():
+            if (value := self.__dict__[name]) not in known:
+                raise ValueError(f"`{name}`={value!r} must be one of {known}.")
+        if self.decoder_block == "chameleon":
+            if self.image_positions == "rotary":
+                raise ValueError(
+                    "`image_positions`='rotary' rotates the queries of CM3Leon's own blocks; `decoder_block`="
+                    "'chameleon' has 'running' and 'grid'."
+                )
+            if (head_dim := self.hidden_size // self.num_attention_heads) % 2:
+                raise ValueError(
+                    f"`hidden_size`={self.hidden_size} and `num_attention_heads`={self.num_attention_heads} make "
+                    f"heads of {head_dim}, which `decoder_block`='chameleon' rotates in pairs. Make it even."
+                )
+        for name in ("z_loss_weight", "image_loss_weight"):
+            if (value := self.__dict__[name]) < 0:
+                raise ValueError(f"`{name}`={value} must be at least 0.")
 
     def _validate_vocabulary(self) -> None:
         """Refuses ids beyond the vocabulary or inside a range that is not theirs."""

@@ -434,13 +434,17 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
 
     @property
     def image_span(self) -> ImageSpan:
-        """Ids and length of an image: it may follow `<break>`, and is followed by it or by the end."""
+        """Ids and length of an image: it may follow `<break>`, and is followed by it or by the end.
+
+        Documents of causal models may open with one.
+        """
         config = self.config
+        beginnings = (config.eos_token_id,) if config.objective == "causal" else ()
         return ImageSpan(
             first_image_token_id=config.first_image_token_id,
             image_vocab_size=config.image_vocab_size,
             tokens_per_image=config.tokens_per_image,
-            opening_token_ids=(config.break_token_id,),
+            opening_token_ids=(config.break_token_id, *beginnings),
             closing_token_ids=(config.break_token_id, config.eos_token_id),
         )
 
@@ -464,7 +468,12 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         return EndTurnLogitsProcessor(self.image_span, self.config.eos_token_id, longest)
 
     def unconditional_prompt(self) -> list[int]:
-        """Ids of a document whose text is masked. Source: CM3Leon, section 3.2; spelled as its training code does."""
+        """Ids of a document whose text is masked, or of a causal one that opens with an image.
+
+        Source: CM3Leon, section 3.2; spelled as its training code does. That of causal models is Chameleon's.
+        """
+        if self.config.objective == "causal":
+            return [self.config.eos_token_id]
         return [self.config.eos_token_id, self.config.first_sentinel_token_id, self.config.break_token_id]
 
     def replace_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:

@@ -20,9 +20,10 @@ class CM3LeonOutput(ModelOutput):
     r"""Loss and predictions of [`CM3LeonForConditionalGeneration`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): Mean cross-entropy of all targets, in nats.
-        text_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            The same over the targets that are no image codes: text, delimiters and sentinels. 0 where there are none.
+        loss (`torch.FloatTensor` of shape `()`, *optional*):
+            Mean cross-entropy of all targets, in nats; weighted, and with the z-loss, where the configuration has it.
+        text_loss (`torch.FloatTensor` of shape `()`, *optional*): Mean cross-entropy of the targets that are no image
+            codes: text, delimiters and sentinels. 0 where there are none.
         image_loss (`torch.FloatTensor` of shape `()`, *optional*): The same over the image codes.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`, *optional*):
             Next-token scores; left out when training with labels, where only the targets' are computed.

@@ -1,7 +1,7 @@
 """The CM3Leon model: a causal decoder without biases over text and image codes, and its frozen image tokenizer.
 
 Knows ids; strings and pictures are the processor's, span masking and packing the data's. The blocks are in
-`layers_cm3leon.py`, decoding is in `generation_cm3leon.py`.
+`layers_cm3leon.py`, Chameleon's for comparison in `blocks_cm3leon.py`, decoding is in `generation_cm3leon.py`.
 """
 
 # Axes: B rows, L sequence, D hidden, V vocabulary, N pictures of all rows in reading order, K codes per picture.
@@ -23,10 +23,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchvis
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .blocks_cm3leon import BLOCK_CLASSES, build_blocks, build_positions
 from .configuration_cm3leon import CM3LeonConfig
 from .generation_cm3leon import CM3LeonGenerationMixin
 from .image_codes_cm3leon import decode_codes
-from .layers_cm3leon import CM3LeonAttention, CM3LeonDecoderLayer, PositionEmbedding, ResidualProjection, build_norm
+from .layers_cm3leon import PositionEmbedding, ResidualProjection
 from .layout_cm3leon import (
     CM3LeonOutput,
     find_places,
@@ -54,17 +55,24 @@ class CM3LeonPreTrainedModel(PreTrainedModel):
     config: CM3LeonConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CM3LeonDecoderLayer"]
+    _no_split_modules = [layer.__name__ for layer, _ in BLOCK_CLASSES.values()]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": CM3LeonDecoderLayer, "attentions": CM3LeonAttention}
+    _can_record_outputs = {
+        "hidden_states": [layer for layer, _ in BLOCK_CLASSES.values()],
+        "attentions": [attention for _, attention in BLOCK_CLASSES.values()],
+    }
     # The library's any-to-any pipeline refuses image input without torchvision, which nothing here needs.
     input_modalities = ("text", "image") if is_torchvision_available() else ("text",)
     output_modalities = ("text", "image")
+
+    @property
+    def _supports_flash_attn(self) -> bool:  # type: ignore[override]
+        """Chameleon's attention keeps from flash kernels the positions by which they tell packed documents apart."""
+        return self.config.decoder_block != "chameleon"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,12 +93,18 @@ class CM3LeonPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Truncated normal weights; zeros where a layer writes to the residual stream; nearly nothing for positions.
 
-        The convolutions are the image tokenizer's, which stays as PyTorch would make it until trained weights come.
+        Weights of Chameleon's blocks, and around them, begin as the library's. The convolutions are the image
+        tokenizer's, which stays as PyTorch would make it until trained weights come.
 
         Source: CM3Leon, section 2.3. Differs: the paper's "output layers" set to zero are taken to be the two
         projections of each layer that write to the residual stream; the tied output layer cannot be zero.
         """
-        if isinstance(module, ResidualProjection):
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            init.zeros_(module.bias)
+        elif self.config.decoder_block == "chameleon":
+            super()._init_weights(module)
+        elif isinstance(module, ResidualProjection):
             init.zeros_(module.weight)
         elif isinstance(module, PositionEmbedding):
             self._init_truncated(module.weight, self.config.position_initializer_range)
@@ -98,9 +112,6 @@ class CM3LeonPreTrainedModel(PreTrainedModel):
             self._init_truncated(module.weight, self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
-            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -124,12 +135,11 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
     def __init__(self, config: CM3LeonConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
+        self.embed_positions, self.rotary_emb = build_positions(config)
         self.embed_places = None
         if config.image_positions != "running":
             self.embed_places = ImagePlaceEmbedding(config.tokens_per_image, config.hidden_size)
-        self.layers = nn.ModuleList(CM3LeonDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = build_norm(config)
+        self.layers, self.norm = build_blocks(config)
         self.image_tokenizer = None
         if config.vq_config is not None:
             with refuse_unbuildable("vq_config"):
@@ -237,9 +247,34 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
     ) -> list[int] | None:
         """Lengths of packed documents that are read one by one, `None` where one mask serves all."""
         is_plain = position_ids is not None and attention_mask is None and past_key_values is None
+        is_plain = is_plain and self.config.decoder_block == "cm3leon"  # the library's attention has masks alone
         if is_plain and self.config._attn_implementation == "sdpa" and inputs_embeds.device.type == "cpu":
             return find_documents(position_ids, len(inputs_embeds))
         return None
+
+    def _add_positions(
+        self,
+        inputs_embeds: torch.Tensor,
+        positions: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        image_places: torch.Tensor | None,
+        goes_on: bool,
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Adds to embeddings what they are told of their positions, and lists what the blocks are told."""
+        hidden_states, config, told = inputs_embeds, self.config, {}
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(positions)
+        if self.rotary_emb is not None:
+            told["position_embeddings"] = self.rotary_emb(hidden_states, position_ids=positions)
+        if self.embed_places is not None:
+            places = find_places(input_ids, config, goes_on=goes_on) if image_places is None else image_places
+            hidden_states = hidden_states + self.embed_places(places)
+            if config.image_positions == "rotary":
+                head_dim = config.hidden_size // config.num_attention_heads
+                told["place_rotation"] = PlaceRotation.of(
+                    places, head_dim, config.tokens_per_image, hidden_states.dtype
+                )
+        return hidden_states, told
 
     @merge_with_config_defaults
     @capture_outputs
@@ -310,26 +345,21 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-        hidden_states = inputs_embeds + self.embed_positions(positions)
-        if self.embed_places is not None:
-            places = image_places
-            if places is None:
-                places = find_places(input_ids, self.config, goes_on=past_length > 0)
-            hidden_states = hidden_states + self.embed_places(places)
-            if self.config.image_positions == "rotary":
-                head_dim = self.config.hidden_size // self.config.num_attention_heads
-                kwargs["place_rotation"] = PlaceRotation.of(
-                    places, head_dim, self.config.tokens_per_image, hidden_states.dtype
-                )
+        else:
+            kwargs["document_lengths"] = documents
+        hidden_states, told = self._add_positions(
+            inputs_embeds, positions, input_ids, image_places, goes_on=past_length > 0
+        )
         for layer in self.layers:
-            hidden_states = layer(
+            outputs = layer(
                 hidden_states,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
-                document_lengths=documents,
+                **told,
                 **kwargs,
             )
+            hidden_states = outputs[0] if isinstance(outputs, tuple) else outputs  # the library's layers give tuples
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
@@ -415,7 +445,7 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         num_items: torch.Tensor | int | None,
         num_image_items: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Cross-entropy of all targets, of those that are text and of those that are codes, each a mean.
+        """The loss, and the cross-entropy of targets that are text and of those that are codes, each a mean.
 
         Only the positions that have a target are scored, and never more than `MAX_SCORES` scores are held at a time.
         """
@@ -425,22 +455,38 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
             flat, wanted = flat[index], wanted[index]
         num_positions = max(1, MAX_SCORES // self.config.vocab_size)
         weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
-        total, image_total = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
+        weighted, total, image_total = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
         if num_items is None:
             num_items = (wanted != -100).sum()
         if num_image_items is None:
             num_image_items = self._is_code(wanted).sum()
         counts = [torch.as_tensor(count, device=total.device) for count in (num_items, num_image_items)]
+        weight_total = counts[0] - (1 - self.config.image_loss_weight) * counts[1]
         return (
-            total / counts[0].clamp(min=1),
+            weighted / weight_total.clamp(min=1),
             (total - image_total).detach() / (counts[0] - counts[1]).clamp(min=1),
             image_total.detach() / counts[1].clamp(min=1),
         )
 
-    def _sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums the cross-entropy of positions `(number, D)`, of all targets and of those that are codes."""
-        losses = F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=-100, reduction="none")
-        return losses.sum(), losses.masked_fill(~self._is_code(targets), 0.0).sum()
+    def _sum_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sums the loss of positions `(number, D)`, and the cross-entropy of all targets and of those that are codes.
+
+        Source: Chameleon (arXiv 2405.09818), section 2.3, for the z-loss, `log(Z)**2` with `Z` the denominator of the
+        softmax.
+        """
+        config, is_code = self.config, self._is_code(targets)
+        scores = self.lm_head(hidden).float()
+        if config.z_loss_weight:
+            log_z = scores.logsumexp(-1)
+            ignored = targets == -100
+            losses = log_z - scores.gather(-1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
+            losses = losses.masked_fill(ignored, 0.0)
+            weighted = losses + config.z_loss_weight * log_z.square().masked_fill(ignored, 0.0)
+        else:
+            weighted = losses = F.cross_entropy(scores, targets, ignore_index=-100, reduction="none")
+        if config.image_loss_weight != 1:
+            weighted = torch.where(is_code, config.image_loss_weight * weighted, weighted)
+        return weighted.sum(), losses.sum(), losses.masked_fill(~is_code, 0.0).sum()
 
     @can_return_tuple
     def forward(
@@ -484,7 +530,7 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
             ValueError: If pictures and placeholders do not match, packed documents would see each other, or a
                 document is longer than there are positions.
 
-        Source: CM3Leon, section 2.3: every token has weight 1.
+        Source: CM3Leon, section 2.3: every token has weight 1, unless `image_loss_weight` says otherwise.
         """
         if use_cache is None:
             use_cache = labels is None and self.config.use_cache
