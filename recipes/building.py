@@ -167,7 +167,10 @@ def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple
     """Loads model and processor, or makes new ones; the processor adds its family's tokens to the tokenizer."""
     if arguments.model_name_or_path is not None:
         model = AutoModelForMultimodalLM.from_pretrained(arguments.model_name_or_path, config=config)
-        return model, AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        if reads_codes(model):
+            processor.objective = config.objective  # which the recipe may have changed
+        return model, processor
     processor = PROCESSOR_MAPPING[type(config)].from_config(config, tokenizer)
     config.set_tokenizer(processor.tokenizer)
     model = AutoModelForMultimodalLM.from_config(config)
@@ -233,6 +236,9 @@ def choose_documents(model: Any, spans: SpanArguments) -> tuple[type[TrainingDoc
     """Returns the kind of documents a model is trained on, what they need of it, and the tokens they may grow by."""
     config = model.config
     if reads_codes(model):
+        spans = spans.for_objective(config.objective)
+        if config.objective == "causal":
+            return CodeDocuments, {"masking": None}, 0
         masking = CM3Masking(
             **asdict(spans),
             break_token_id=config.break_token_id,
@@ -258,7 +264,7 @@ class DocumentBatches:
         model (`PreTrainedModel`): Gives the timesteps and shapes of its images, or the ids of its codes' delimiters.
         processor (`ProcessorMixin`): Lays documents out.
         arguments (`DocumentArguments`): Order, dropout and noise cap.
-        spans (`SpanArguments`): Masked spans, in models that read codes.
+        spans (`SpanArguments`): Masked spans, in models that read codes and are not causal.
         form_weights (`dict`): Chances of the caption forms.
         window_length (`int`, *optional*): Packs documents into windows.
     """

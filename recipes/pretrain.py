@@ -208,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     accelerator = build_accelerator(recipe)
 
     config = load_config(model_args)
+    spans = spans.for_objective(getattr(config, "objective", None))
+    identity |= asdict(spans)
     open_size = {"image_size": config.image_size, "seed": recipe.seed}
     with accelerator.main_process_first():
         pairs = open_rows(data_args, **open_size)

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     accelerator = build_accelerator(recipe)
 
     config = load_config(model_args)
+    spans = spans.for_objective(getattr(config, "objective", None))
+    identity |= asdict(spans)
     rows = open_rows(data_args, image_size=config.image_size, seed=recipe.seed, streaming=True)
     tokenizer = find_text_tokenizer(model_args, rows, output_dir, accelerator)
     model, processor = build_model(model_args, config, tokenizer)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from adapting import ADAPTER, AdapterArguments, add_adapters, describe_adapters, merge_adapters
-from building import DocumentBatches, ModelArguments, build_model, load_config, reads_codes
+from building import DocumentBatches, ModelArguments, build_model, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.cm3_masking import SpanArguments
 from hf_mm.data.mixing import DocumentArguments, StepSampler
@@ -166,11 +166,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     accelerator = build_accelerator(recipe)
 
     config = load_config(model_args)
+    spans = spans.for_objective(getattr(config, "objective", None))
+    identity |= asdict(spans)
     model, processor = build_model(model_args, config, None)
     if tuning.edit_template is not None:
         processor.edit_template = tuning.edit_template
     documents = DocumentBatches(model, processor, document_args, spans, caption_args.form_weights(), None)
-    documents.fill_tasks(TaskContent(task_args, puts_answer_last=not reads_codes(model)))
+    fills_in = getattr(config, "objective", None) == "cm3"
+    documents.fill_tasks(TaskContent(task_args, puts_answer_last=not fills_in))
     with accelerator.main_process_first():
         opened = [open_source(spec, source_args, config.image_size, recipe.seed) for spec in source_args.sources]
         pairs = None

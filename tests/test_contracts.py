@@ -31,15 +31,28 @@ class Family:
 
 
 @pytest.fixture(
-    params=["transfusion", "transfusion_unet", "transfusion_rotary", "cm3leon", "cm3leon_grid", "cm3leon_rotary"]
+    params=[
+        "transfusion",
+        "transfusion_unet",
+        "transfusion_rotary",
+        "cm3leon",
+        "cm3leon_grid",
+        "cm3leon_rotary",
+        "cm3leon_chameleon",
+    ]  # fmt: skip
 )
 def family(request, make_model, make_processor, make_cm3leon, make_cm3leon_processor):
     if request.param.startswith("cm3leon"):
-        model = make_cm3leon(image_positions=request.param.partition("_")[2] or "running")
+        variant = request.param.partition("_")[2] or "running"
+        fields = {"image_positions": variant}
+        if variant == "chameleon":
+            fields = {"decoder_block": "chameleon", "objective": "causal", "z_loss_weight": 0.01}
+        model = make_cm3leon(**fields)
         processor, config = make_cm3leon_processor(model.config), model.config
         names = ("break", "eos", "eoss", "first_sentinel")
         ids = {f"{name}_token_id": config.to_dict()[f"{name}_token_id"] for name in names}
         masking = CM3Masking(**ids, num_sentinel_tokens=config.num_sentinel_tokens, max_spans=5)
+        masking = None if config.objective == "causal" else masking
         documents = partial(
             CodeDocuments, processor=processor, masking=masking, arguments=DocumentArguments(image_first_share=0.4)
         )

@@ -27,8 +27,10 @@ TEXT = {"model_type": "llama", "vocab_size": 211, "hidden_size": 96, "intermedia
 
 
 def small_config(kind: str):
-    if kind == "codes":
+    if kind in ("codes", "chameleon"):
+        fields = {"decoder_block": kind, "hidden_act": "silu", "tie_word_embeddings": False, "z_loss_weight": 1e-5}
         return CM3LeonConfig(
+            **fields if kind == "chameleon" else {},
             vocab_size=211, image_vocab_size=64, first_image_token_id=100, break_token_id=164, eoss_token_id=165,
             image_token_id=5, num_sentinel_tokens=8, first_sentinel_token_id=170, hidden_size=96, num_hidden_layers=3,
             num_attention_heads=6, max_position_embeddings=256, image_size=64,
@@ -61,7 +63,7 @@ def allocated_peak(config, num_windows: int, *, gradient_checkpointing: bool) ->
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("kind", ["linear", "unet", "codes"])
+@pytest.mark.parametrize("kind", ["linear", "unet", "codes", "chameleon"])
 def test_activations_are_those_that_a_real_step_allocates(kind, gradient_checkpointing):
     config = small_config(kind)
     options = {"gradient_checkpointing": gradient_checkpointing}
@@ -71,7 +73,7 @@ def test_activations_are_those_that_a_real_step_allocates(kind, gradient_checkpo
     assert planned == pytest.approx(allocated, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["linear", "codes"])
+@pytest.mark.parametrize("kind", ["linear", "codes", "chameleon"])
 def test_flops_are_those_that_a_real_step_runs(kind):
     config = small_config(kind)
     planned = measure_flops(build_meta_model(config), 256, count_flops)

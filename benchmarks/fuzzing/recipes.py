@@ -3,7 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -90,7 +90,7 @@ class RecipeInputs:
         if "ModelArguments" in named:
             config = self.building.load_config(named["ModelArguments"])
             if config.model_type == "cm3leon":
-                spans = {item.name: vars(named["SpanArguments"])[item.name] for item in fields(named["SpanArguments"])}
+                spans = asdict(named["SpanArguments"].for_objective(config.objective))
                 names = [item.name for item in fields(CM3Masking) if item.name not in spans]
                 CM3Masking(**spans, **{name: getattr(config, name) for name in names})
         if script == "train_clip":

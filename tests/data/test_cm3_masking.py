@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_mm.data.cm3_masking import CM3Masking, mask_document, unmask_document
+from hf_mm.data.cm3_masking import CM3Masking, SpanArguments, mask_document, unmask_document
 
 
 BREAK, EOS, EOSS, SENTINEL = 3, 5, 7, 11
@@ -215,6 +215,15 @@ def test_documents_that_are_cut_or_ill_numbered_cannot_be_undone():
     ):
         with pytest.raises(ValueError, match="each sentinel must stand once in the document"):
             unmask_document(broken, settings)
+
+
+def test_causal_documents_have_no_spans_and_others_the_mean_of_cm3():
+    assert [SpanArguments().for_objective(name).mean_spans for name in ("cm3", None, "causal")] == [1, 1, 0]
+    given = SpanArguments(mean_spans=0.7, max_spans=5).for_objective("cm3")
+    assert (given.mean_spans, given.max_spans) == (0.7, 5)
+    assert SpanArguments(mean_spans=0).for_objective("causal").mean_spans == 0
+    with pytest.raises(ValueError, match="`mean_spans`=0.7, but the model has `objective`='causal'"):
+        SpanArguments(mean_spans=0.7).for_objective("causal")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,28 @@ def test_a_written_answer_is_masked_whole_so_that_training_has_the_form_of_the_p
     assert len(seen) == len(TASKS["vqa"].templates)
 
 
+def test_causal_documents_begin_with_the_prompt_of_captioning_and_end_with_the_answer(
+    make_cm3leon_config, make_cm3leon_processor
+):
+    processor = make_cm3leon_processor(make_cm3leon_config(objective="causal"))
+    arguments = TaskArguments(train_on_inputs=False)
+    documents = CodeDocuments(
+        TaskRows([questions()]),
+        processor=processor,
+        masking=None,
+        arguments=DocumentArguments(),
+        seed=0,
+        task_content=TaskContent(arguments, puts_answer_last=True),
+    )
+    for number in range(12):
+        document = documents[SampleKey(number, 0, 1)]
+        ids, is_target = document["input_ids"], document["labels"] != -100
+        codes, asked = [1] * NUM_CODES_PER_IMAGE, processor.split_document(ids[~is_target])[1]["text"]
+        assert processor.caption_prompt(asked, codes) == ids[~is_target].tolist()
+        assert processor.tokenizer.decode(ids[is_target][:-1]).strip() == "kite"
+        assert ids[-1] == processor.tokenizer.eos_token_id and is_target[-1]
+
+
 def test_a_drawn_answer_stands_last_and_nothing_is_masked(processor, masking):
     ids = documents_of(edits(), processor, masking)[SampleKey(0, 0, 3)]["input_ids"]
     parts = processor.split_document(ids)

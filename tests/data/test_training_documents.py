@@ -196,6 +196,29 @@ def test_captions_of_codes_are_masked_and_neither_dropped_nor_behind_their_image
     assert document == [SEP, *PAIR[6:-1], BREAK, *letters("kite"), SEP]
 
 
+def test_causal_documents_stay_as_they_are_some_without_caption_and_some_with_the_image_first():
+    rows = [{"codes": CODES, "text": "kite"}]
+    dataset = CodeDocuments(rows, processor=CodeProcessor(), masking=None, arguments=DocumentArguments(), seed=3)
+    documents = [dataset[SampleKey(number, 0, 0)] for number in range(2000)]
+    assert all(one["labels"].tolist() == [-100, *one["input_ids"].tolist()[1:]] for one in documents)
+    kinds = [tuple(one["input_ids"].tolist()) for one in documents]
+    image_first = (SEP, *PAIR[6:-1], BREAK, *letters("kite"), SEP)
+    shares = {kind: kinds.count(kind) / 2000 for kind in set(kinds)}
+    expected = {tuple(PAIR): 0.72, image_first: 0.2, (SEP, *PAIR[6:]): 0.08}
+    assert shares == {kind: pytest.approx(share, abs=0.04) for kind, share in expected.items()}
+
+
+def test_causal_documents_need_no_room_for_spans():
+    rows = [{"codes": CODES, "text": "kite"}]
+    fields = {"processor": CodeProcessor(), "masking": None, "seed": 3, "arguments": DocumentArguments()}
+    assert len(CodeDocuments(rows, max_tokens=len(PAIR), **fields)[SampleKey(0, 0, 0)]["input_ids"]) <= len(PAIR)
+    with pytest.raises(RowError, match="Row 0: its document has 13 tokens, more than the 12"):
+        CodeDocuments(rows, max_tokens=len(PAIR) - 1, **fields)[SampleKey(0, 0, 0)]
+    texts = CodeDocuments([], text_rows=[{"text": "abcdefghijkl"}], max_tokens=5, **fields)
+    stretch = texts[SampleKey(4, 1, 0)]
+    assert len(stretch["input_ids"]) == 5 and stretch["labels"].tolist() == [-100, *stretch["input_ids"].tolist()[1:]]
+
+
 def test_a_sample_of_codes_is_a_function_of_seed_and_number_alone():
     rows = Dataset.from_list([{"codes": CODES, "text": "kite"}] * 2)
     keys = [SampleKey(number, 0, number % 2) for number in range(40)]

@@ -11,6 +11,7 @@ import encode_images
 import pretrain
 from building import load_config
 from hf_mm.cm3leon import CM3LeonProcessor
+from hf_mm.cm3leon.blocks_cm3leon import ROPE_THETA
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.sources import DatasetArguments
 from hf_mm.data.text_tokenizer import train_text_tokenizer
@@ -75,11 +76,18 @@ def test_every_size_states_the_same_but_for_the_size():
     assert all(other == first for other in others)
 
 
-@pytest.mark.parametrize(("name", "tokenizer", "millions"), [("tiny", "vq_tiny", 1.02), ("icons", "vq_64px", 10.7)])
+@pytest.mark.parametrize(
+    ("name", "tokenizer", "millions"),
+    [
+        ("cm3leon_tiny", "vq_tiny", 1.02),
+        ("cm3leon_icons", "vq_64px", 10.7),
+        ("chameleon_tiny", "vq_tiny", 1.20),
+    ],
+)
 def test_small_models_fit_their_tokenizers_and_are_as_large_as_their_recipes_say(name, tokenizer, millions):
-    config = AutoConfig.from_pretrained(CONFIGS / "models" / f"cm3leon_{name}.json")
-    values = parse(f"cm3leon_{name}_pretrain.yaml")
-    text = (CONFIGS / f"cm3leon_{name}_pretrain.yaml").read_text()
+    config = AutoConfig.from_pretrained(CONFIGS / "models" / f"{name}.json")
+    values = parse(f"{name}_pretrain.yaml")
+    text = (CONFIGS / f"{name}_pretrain.yaml").read_text()
     for command in (
         "train_image_tokenizer.py --config recipes/configs/" + tokenizer,
         "--output_dir " + values["dataset_name"],
@@ -95,13 +103,13 @@ def test_small_models_fit_their_tokenizers_and_are_as_large_as_their_recipes_say
     assert sum(weight.numel() for weight in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
     # A caption, a picture and the most spans fit.
     assert config.max_position_embeddings - side**2 - 3 - 3 * values["max_spans"] > 60
-    assert config.num_sentinel_tokens >= values["max_spans"]
+    assert config.objective == "causal" or config.num_sentinel_tokens >= values["max_spans"]
 
     letters = np.random.default_rng(0).integers(ord("a"), ord("e"), (2000, 7))
     words = ["".join(map(chr, word)) for word in letters]
     text_tokenizer = train_text_tokenizer([f"{word} {word}" for word in words], values["vocab_size"])
     assert len(text_tokenizer) == values["vocab_size"]
-    written = json.loads((CONFIGS / "models" / f"cm3leon_{name}.json").read_text())
+    written = json.loads((CONFIGS / "models" / f"{name}.json").read_text())
     config.set_tokenizer(CM3LeonProcessor.from_config(config, text_tokenizer).tokenizer)
     assert {field: vars(config)[field] for field in written if field != "model_type"} == {
         field: value for field, value in written.items() if field != "model_type"
@@ -110,7 +118,11 @@ def test_small_models_fit_their_tokenizers_and_are_as_large_as_their_recipes_say
 
 @pytest.mark.parametrize(
     ("name", "tokenizer", "scenes"),
-    [("tiny", "vq_tiny", "shapes"), pytest.param("icons", "vq_64px", "icons", marks=pytest.mark.slow)],
+    [
+        ("cm3leon_tiny", "vq_tiny", "shapes"),
+        ("chameleon_tiny", "vq_tiny", "shapes"),
+        pytest.param("cm3leon_icons", "vq_64px", "icons", marks=pytest.mark.slow),
+    ],
 )
 def test_small_recipes_run(name, tokenizer, scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -122,5 +134,18 @@ def test_small_recipes_run(name, tokenizer, scenes, tmp_path, monkeypatch):
     encode_images.main([*words.split(), *own])
     words = "--max_steps 2 --warmup_steps 1 --per_device_train_batch_size 3 --num_samples 1 --report_to none"
     own = [own[0], f"--output_dir={tmp_path / 'run'}", f"--dataset_name={tmp_path / 'codes'}", *words.split()]
-    folder = pretrain.main([f"--config=recipes/configs/cm3leon_{name}_pretrain.yaml", "--num_eval_documents=2", *own])
+    folder = pretrain.main([f"--config=recipes/configs/{name}_pretrain.yaml", "--num_eval_documents=2", *own])
     assert (folder / "samples.png").exists() and (folder / "model.safetensors").exists()
+
+
+def test_the_baseline_has_the_trunk_of_the_transfusion_that_it_is_compared_with():
+    ours = AutoConfig.from_pretrained(CONFIGS / "models" / "chameleon_tiny.json")
+    theirs = AutoConfig.from_pretrained(CONFIGS / "models" / "transfusion_tiny.json").text_config
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings hidden_act"
+    assert [getattr(ours, name) for name in names.split()] == [getattr(theirs, name) for name in names.split()]
+    assert not ours.tie_word_embeddings and not theirs.tie_word_embeddings
+    assert ROPE_THETA == theirs.rope_parameters["rope_theta"]
+    chameleon, transfusion = parse("chameleon_tiny_pretrain.yaml"), parse("transfusion_tiny_pretrain.yaml")
+    assert chameleon["learning_rate"] * 3 == transfusion["learning_rate"] and ours.z_loss_weight == 1e-5
+    for name in ("image_first_share", "caption_dropout", "vocab_size", "max_steps", "per_device_train_batch_size"):
+        assert chameleon[name] == transfusion[name], name

@@ -1,7 +1,10 @@
+import json
+import math
 import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,8 @@ from hf_mm.training.checkpoint import list_checkpoints
 
 NUM_CODES = 23
 PACKED = {"window_length": 220, "ema_decay": 0.9, "mean_spans": 1.5}
+CHAMELEON = {"decoder_block": "chameleon", "objective": "causal", "hidden_act": "silu", "tie_word_embeddings": False,
+             "image_positions": "grid", "z_loss_weight": 0.01, "initializer_range": 0.02}  # fmt: skip
 
 
 def test_a_run_on_codes_leaves_a_folder_that_every_door_opens(run, entries, codes, tmp_path, capsys):
@@ -102,6 +107,36 @@ def test_a_model_reads_the_words_of_tasks_before_it_is_tuned_on_them(run, entrie
     assert 0 < entries(folder)[4]["num_image_items_seen"] < 4 * 4 * 16
     with pytest.raises(ValueError, match="`text_dataset_name`='me/texts' and `text_sources`=.*Give one"):
         run(text_sources=asked, text_dataset_name="me/texts", **codes)
+
+
+def test_the_chameleon_baseline_goes_from_codes_to_a_folder_that_draws_and_captions(run, entries, codes, tmp_path):
+    model = json.loads(Path(codes["config_name"]).read_text()) | CHAMELEON
+    (tmp_path / "chameleon.json").write_text(json.dumps(model))
+    chameleon = {**codes, "config_name": tmp_path / "chameleon.json", "max_spans": None}
+    folder = run("chameleon", max_steps=12, warmup_steps=1, learning_rate=3e-3, window_length=120, **chameleon)
+    log = entries(folder)
+    assert log[12]["image_loss"] < log[1]["image_loss"] and log[12]["text_loss"] < log[1]["text_loss"]
+    mean = log[1]["loss"] - 0.01 * math.log(len(AutoProcessor.from_pretrained(folder).tokenizer)) ** 2
+    low, high = sorted((log[1]["text_loss"], log[1]["image_loss"]))
+    assert low < mean < high  # the first scores are nearly 0, whose z-loss is known
+
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert {type(layer).__name__ for layer in pipe.model.model.layers} == {"ChameleonSwinDecoderLayer"}
+    assert (pipe.model.config.objective, pipe.processor.objective) == ("causal", "causal")
+    image = pipe("a red star", guidance_scale=2.0, generator=torch.Generator().manual_seed(1)).images[0]
+    assert image.size == (16, 16) and len(pipe.caption([image, image], max_new_tokens=5)) == 2
+    with pytest.raises(ValueError, match="`objective`='causal'.*cannot fill in"):
+        pipe.infill_caption(image, "a ___ star")
+    with pytest.raises(ValueError, match="`mean_spans`=1.5, but the model has `objective`='causal'"):
+        run("other", **{**chameleon, "mean_spans": 1.5})
+
+
+def test_a_model_that_fills_in_becomes_causal_where_the_recipe_says_so(run, codes):
+    first = run("first", **codes)
+    further = {**codes, "config_name": None, "image_tokenizer_name": None, "model_name_or_path": first}
+    folder = run("second", config_overrides="objective=causal", caption_dropout=0.3, **further)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert pipe.processor.unconditional_prompt() == [pipe.model.config.eos_token_id]
 
 
 def test_rows_without_codes_are_refused_with_the_way_to_make_them(run, codes):

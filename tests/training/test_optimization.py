@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_mm.training import optimization
 from hf_mm.training.optimization import (
     build_ema,
     build_lr_scheduler,
@@ -40,6 +43,29 @@ def test_only_trainable_matrices_decay() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
     assert {id(p) for p in plain["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
+
+
+def test_norms_with_a_gain_for_each_head_do_not_decay() -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6, bias=False), "norm": nn.LayerNorm((2, 3))})
+    decayed, plain = build_optimizer(model, TrainingRecipe(weight_decay=0.3)).param_groups
+    assert [tuple(weight.shape) for weight in decayed["params"]] == [(6, 6)]
+    assert [tuple(weight.shape) for weight in plain["params"]] == [(2, 3), (2, 3)]
+
+
+def test_layers_are_sharded_that_a_model_names_and_has() -> None:
+    class Choosing(nn.Sequential):
+        _no_split_modules = ["Linear", "ConvTranspose3d"]
+
+        def set_reduce_scatter_unused_params(self, reduces: bool) -> None:
+            self.reduces = reduces
+
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    accelerator = SimpleNamespace(
+        is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin), prepare=lambda *parts: parts
+    )
+    model = Choosing(nn.Linear(2, 2))
+    optimization._place(accelerator, model, build_optimizer(model, TrainingRecipe()))
+    assert plugin.transformer_cls_names_to_wrap == ["Linear"] and model.reduces
 
 
 def test_cosine_warms_up_and_ends_at_the_floor() -> None:

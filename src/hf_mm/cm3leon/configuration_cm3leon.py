@@ -154,7 +154,7 @@ class CM3LeonConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.decoder_block == "chameleon":  # norms of queries and keys cannot be cut by heads
-            self.base_model_tp_plan = None
+            self.base_model_tp_plan = None  # type: ignore[assignment]
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

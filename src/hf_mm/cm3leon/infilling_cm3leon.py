@@ -40,8 +40,9 @@ class InfillingMixin:
             `list[str]`: the whole text of each picture.
 
         Raises:
-            ValueError: If a text has no gap, or there are not as many texts as pictures.
+            ValueError: If the model is causal, a text has no gap, or there are not as many texts as pictures.
         """
+        self.processor.check_fills_in()
         images = image if isinstance(image, list) else [image]
         texts = self._list_prompts(text, len(images), "text")
         if without := [one for one in texts if blank not in one]:
@@ -132,8 +133,9 @@ class InfillingMixin:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the pictures, those of one prompt side by side.
 
         Raises:
-            ValueError: If an argument is out of range.
+            ValueError: If the model is causal, or an argument is out of range.
         """
+        self.processor.check_fills_in()
         images = image if isinstance(image, list) else [image]
         prompts = self._list_prompts(prompt, len(images))
         if (scale := sampling.get("image_guidance_scale", 1)) != 1:

@@ -58,6 +58,11 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
         super().__init__()
         if model.config.model_type != "cm3leon":
             raise ValueError(f"`model` is a {type(model).__name__}; this pipeline draws with CM3Leon models only.")
+        if processor.objective != model.config.objective:
+            raise ValueError(
+                f"`processor` has `objective`={processor.objective!r} and `model` {model.config.objective!r}: prompts "
+                "would not be those of its training. Load both from one folder."
+            )
         if (reranker is None) != (reranker_processor is None):
             raise ValueError("`reranker` and `reranker_processor` belong together: give both or neither.")
         self.register_modules(

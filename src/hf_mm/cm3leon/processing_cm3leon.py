@@ -1,8 +1,9 @@
 """Text and images to `input_ids` and `pixel_values` for CM3Leon, and back; the only place that lays documents out.
 
 A document is `<eos> ... <eos>`, with `<break>` between two parts, each a text or the codes of a picture. What is
-unknown is a sentinel in its place, and follows behind the document as `<sentinel:i> ... <eoss>`. Knows strings, ids
-and pictures; which spans are masked in training is the data's.
+unknown is a sentinel in its place, and follows behind the document as `<sentinel:i> ... <eoss>`. A causal model knows
+no sentinels: it goes on with what it is given. Knows strings, ids and pictures; which spans are masked in training is
+the data's.
 """
 
 import copy
@@ -19,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .configuration_cm3leon import CODE_TOKEN, SENTINEL_TOKEN, token_range
+from .configuration_cm3leon import CODE_TOKEN, OBJECTIVES, SENTINEL_TOKEN, token_range
 from .conversation_cm3leon import CHAT_TEMPLATE, ConversationMixin, check_parts, check_text
 from .image_processing_cm3leon import CM3LeonImageProcessor
 from .loading_cm3leon import refuse_damaged
@@ -112,10 +113,13 @@ class CM3LeonProcessor(ConversationMixin):
         edit_template (`str`, *optional*):
             How a pipeline lays out the prompt of a drawing that reads a picture, a text with `<image>` and `{prompt}`,
             such as `"Edit first image following the instruction<image>{prompt}"`. Defaults to `"<image>{prompt}"`.
+        objective (`str`, defaults to `"cm3"`):
+            What the model was trained on, as in [`CM3LeonConfig`]: sets how a caption and a picture without a text are
+            asked for, and whether anything can be filled in.
 
     Raises:
-        ValueError: If `edit_template` lacks one of its two places, or the tokenizer lacks one of the special tokens,
-            the codes or the sentinels.
+        ValueError: If `edit_template` lacks one of its two places, the tokenizer lacks one of the special tokens, the
+            codes or the sentinels, or there is no such objective.
 
     Source: CM3Leon (arXiv 2309.02591), sections 2.1 and 2.3, figures 8 and 9.
     """
@@ -126,7 +130,11 @@ class CM3LeonProcessor(ConversationMixin):
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         edit_template: str | None = None,
+        objective: str = "cm3",
     ) -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"`objective`={objective!r} must be one of {OBJECTIVES}.")
+        self.objective = objective
         present, vocabulary = tokenizer.special_tokens_map, tokenizer.get_vocab()
         missing = [name for name in REQUIRED_TOKENS if not present.get(name)]
         missing += [token for token in (CODE_TOKEN.format(0), SENTINEL_TOKEN.format(0)) if token not in vocabulary]
@@ -185,12 +193,12 @@ class CM3LeonProcessor(ConversationMixin):
             crop_size={"height": config.image_size, "width": config.image_size},
             vq_stride=config.vq_stride,
         )
-        return cls(image_processor, tokenizer, chat_template=chat_template)
+        return cls(image_processor, tokenizer, chat_template=chat_template, objective=config.objective)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Encodes the beginnings of documents; `<image>` in a prompt stands for the next picture.
 
-        Pictures without a text ask for one: their prompt is that of `infill_prompt` with the text in front unknown.
+        Pictures without a text ask for one: their prompt is that of `caption_prompt`.
 
         Args:
             images (`ImageInput`, *optional*): Pictures, in the order of their places.
@@ -253,13 +261,14 @@ class CM3LeonProcessor(ConversationMixin):
 
     def _lay_out(self, prompt: str) -> str:
         """Spells the beginning of a document, `<image>` still standing for a whole picture."""
-        delimiter, unknown = self.tokenizer.eos_token, SENTINEL_TOKEN.format(0)
+        delimiter, separator, unknown = self.tokenizer.eos_token, self.tokenizer.break_token, SENTINEL_TOKEN.format(0)
         pieces = prompt.split(self.image_token)
         parts = [pieces[0], *(part for piece in pieces[1:] for part in (self.image_token, piece))]
         ending = ""
         if len(pieces) > 1 and not any(pieces):
-            parts, ending = [unknown, *parts], delimiter + unknown
-        return delimiter + self.tokenizer.break_token.join(part for part in parts if part) + ending
+            causal = self.objective == "causal"
+            parts, ending = (parts, separator) if causal else ([unknown, *parts], delimiter + unknown)
+        return delimiter + separator.join(part for part in parts if part) + ending
 
     def edit_prompt(self, prompt: str) -> str:
         """Lays out the prompt of a drawing that reads a picture, by `edit_template`.
@@ -361,18 +370,59 @@ class CM3LeonProcessor(ConversationMixin):
             codes to fill in, `None` where it is text of any length.
 
         Raises:
-            ValueError: If nothing is missing, or more spans than there are sentinels, or a part does not fit.
+            ValueError: If the model is causal, or nothing is missing, or more spans than there are sentinels, or a
+                part does not fit.
 
         Source: CM3Leon, section 3.3 and figure 9. Differs: the `<eos>` of the document stays before the sentinel, as
         in training.
         """
+        self.check_fills_in()
         parts, span_lengths, _ = self._encode_parts(content, with_masks=True)
         if not span_lengths:
             raise ValueError("`content` has nothing to fill in: no part of type 'mask' and no image with a `mask`.")
         return {"input_ids": [*self._join_parts(parts), self.first_sentinel_token_id], "span_lengths": span_lengths}
 
+    def check_fills_in(self) -> None:
+        """Refuses to fill in for a model that was trained on causal documents.
+
+        Raises:
+            ValueError: Naming the objective.
+        """
+        if self.objective == "causal":
+            raise ValueError(
+                "`objective`='causal': this model was trained on whole documents and cannot fill in, which needs the "
+                "sentinels of a model trained with `objective`='cm3'."
+            )
+
+    def caption_prompt(self, text: str, codes: Any) -> list[int]:
+        """Lays a picture out up to where the model writes about it.
+
+        Args:
+            text (`str`): How the text begins; may be empty.
+            codes (`list[int]`): Of the picture, from 0.
+
+        Returns:
+            `list[int]`: the document with the rest of the text in front of the picture missing, as `infill_prompt` has
+            it; for a causal model `<eos> CODES <break> TEXT`, for its documents of images that come first.
+
+        Raises:
+            ValueError: If the text spells a special token, or the codes do not fit.
+        """
+        text = text.rstrip(" ")  # the space in front of an answer belongs to its first word, as in training
+        beginning = [{"type": "text", "text": text}] if text else []
+        picture = {"type": "image", "codes": codes}
+        if self.objective != "causal":
+            return self.infill_prompt([*beginning, {"type": "mask"}, picture])["input_ids"]
+        known = self.encode_document([picture, *beginning])["input_ids"][:-1]
+        return known if text else [*known, self.tokenizer.break_token_id]
+
     def unconditional_prompt(self) -> list[int]:
-        """Ids of the prompt that asks for a picture of an unknown text: `<eos> <sentinel:0> <break>`."""
+        """Ids of the prompt that asks for a picture of an unknown text: `<eos> <sentinel:0> <break>`.
+
+        For a causal model `<eos>` alone, for a document that opens with an image.
+        """
+        if self.objective == "causal":
+            return [self.tokenizer.eos_token_id]
         return [self.tokenizer.eos_token_id, self.first_sentinel_token_id, self.tokenizer.break_token_id]
 
     def box_mask(self, box: tuple[int, int, int, int]) -> list[bool]:

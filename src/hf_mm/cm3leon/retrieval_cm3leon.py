@@ -76,7 +76,7 @@ class RetrievalMixin:
         retriever's best first: RA-CM3 numbers them so, and training, which shuffles them, prefers no order. The
         unconditional stream is the same without `Tq <break>`: documents stay in both streams, for it is the text that
         guidance follows, and no sentinel stands for the text. A prompt without documents is as ever, its unconditional
-        stream `<eos> <sentinel:0> <break>`, which is also the last stream where the documents are followed too.
+        stream that of `unconditional_prompt`, which is also the last stream where the documents are followed too.
 
         Raises:
             ValueError: If a prompt leaves no room for the picture.

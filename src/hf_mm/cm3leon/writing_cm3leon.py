@@ -45,7 +45,9 @@ class WritingMixin:
         max_new_tokens: int = 64,
         **generate_kwargs: Any,
     ) -> list[str]:
-        """Describes pictures, or continues `prompt` about them: fills in the text in front of the picture.
+        """Describes pictures, or continues `prompt` about them.
+
+        Fills in the text in front of the picture, or, with a causal model, writes the text behind it.
 
         Args:
             image (`PIL.Image.Image` or `list[PIL.Image.Image]`): Pictures to read.
@@ -65,12 +67,8 @@ class WritingMixin:
         """
         images = image if isinstance(image, list) else [image]
         prompts = self._list_prompts(prompt, len(images))
-        rows = []
-        for text, codes in zip(prompts, self._read_codes(images), strict=True):
-            text = text.rstrip(" ")  # the space in front of an answer belongs to its first word, as in training
-            beginning = [{"type": "text", "text": text}] if text else []
-            content = [*beginning, {"type": "mask"}, {"type": "image", "codes": codes}]
-            rows.append(self.processor.infill_prompt(content)["input_ids"])
+        codes = self._read_codes(images)
+        rows = [self.processor.caption_prompt(*pair) for pair in zip(prompts, codes, strict=True)]
         return [text.strip() for text in self._decode_text(self._write(rows, max_new_tokens, **generate_kwargs))]
 
     def _write(self, rows: list[list[int]], max_new_tokens: int, **generate_kwargs: Any) -> list[list[int]]:

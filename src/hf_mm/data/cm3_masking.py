@@ -9,7 +9,7 @@ moves, and neither text nor images.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from math import exp, factorial
@@ -40,8 +40,11 @@ class SpanArguments:
     rate of whole segments is not published and ours, as is that one segment always stays.
     """
 
-    mean_spans: float = field(
-        default=1.0, metadata={"help": "Models of codes: mean number of masked spans of a document. CM3: 1."}
+    mean_spans: float | None = field(
+        default=None,
+        metadata={
+            "help": "Models of codes: mean number of masked spans of a document; none: 1 (CM3), in causal models 0."
+        },
     )
     max_spans: int = field(default=16, metadata={"help": "Models of codes: most masked spans of a document. CM3: 16."})
     whole_segment_share: float = field(
@@ -54,12 +57,29 @@ class SpanArguments:
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
-        if self.mean_spans < 0:
+        if self.mean_spans is not None and self.mean_spans < 0:
             raise ValueError(f"`mean_spans`={self.mean_spans} is below 0. Use 0 for causal documents alone.")
         if self.max_spans < 1:
             raise ValueError(f"`max_spans`={self.max_spans} must be at least 1.")
         if not 0 <= self.whole_segment_share <= 1:
             raise ValueError(f"`whole_segment_share`={self.whole_segment_share} must be in [0, 1].")
+
+    def for_objective(self, objective: str | None) -> "SpanArguments":
+        """Returns a copy with the mean that an objective has where none is given.
+
+        Args:
+            objective (`str`, *optional*): `"cm3"` or `"causal"`; none for models that read no codes.
+
+        Raises:
+            ValueError: If spans are asked of causal documents.
+        """
+        if objective == "causal" and self.mean_spans:
+            raise ValueError(
+                f"`mean_spans`={self.mean_spans}, but the model has `objective`='causal', documents without spans. "
+                "Leave it out, or train a model with `objective`='cm3'."
+            )
+        default = 0.0 if objective == "causal" else 1.0
+        return replace(self, mean_spans=default if self.mean_spans is None else self.mean_spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +105,7 @@ class CM3Masking(SpanArguments):
     eoss_token_id: int
     first_sentinel_token_id: int
     num_sentinel_tokens: int
+    mean_spans: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""

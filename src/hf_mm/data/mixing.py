@@ -22,15 +22,15 @@ class DocumentArguments:
     image_first_share: float | None = field(
         default=None,
         metadata={
-            "help": "Share of pairs whose image comes before the caption; none: 0.2 (Sec. 4.1), and 0 for models of "
-            "codes, which caption by filling in (CM3Leon, arXiv 2309.02591, Figs. 8 and 9)."
+            "help": "Share of pairs whose image comes before the caption; none: 0.2 (Sec. 4.1), and 0 for models that "
+            "caption by filling in (CM3Leon, arXiv 2309.02591, Figs. 8 and 9)."
         },
     )
     caption_dropout: float | None = field(
         default=None,
         metadata={
             "help": "Share of caption-first pairs without their caption, for guidance; none: 0.1, ours, the usual "
-            "value. Models of codes have masked captions instead."
+            "value. Models that fill in have masked captions instead."
         },
     )
     noise_cap: int | None = field(

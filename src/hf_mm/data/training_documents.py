@@ -22,6 +22,9 @@ Document = dict[str, Any]
 Row = dict[str, Any]
 Parts = list[dict[str, Any]]
 
+# Of models that caption what comes first, and draw guided by what has no caption.
+CAUSAL_SHARES = {"image_first_share": 0.2, "caption_dropout": 0.1}
+
 
 class DocumentEncoder(Protocol):
     """What is needed of a processor."""
@@ -132,7 +135,7 @@ class NoisedDocuments(TrainingDocuments):
         arguments: DocumentArguments,
         **fields: Any,
     ) -> None:
-        super().__init__(rows, arguments=arguments.with_defaults(image_first_share=0.2, caption_dropout=0.1), **fields)
+        super().__init__(rows, arguments=arguments.with_defaults(**CAUSAL_SHARES), **fields)
         self.image_size, self.latent_shape, self.sample_timesteps = image_size, latent_shape, sample_timesteps
 
     def _lay_out(
@@ -185,6 +188,9 @@ class CodeDocuments(TrainingDocuments):
     Captions are not dropped besides: a masked caption leaves `<eos> <sentinel:0> <break> CODES`, which is the prompt
     of the unconditional stream, and does not lose the caption as a target.
 
+    Without `masking` documents stay as they are, for a causal model. Some captions are then dropped, and some come
+    behind their image, as in [`NoisedDocuments`].
+
     With `retrieval`, pairs of a memory bank stand in front of the row's own:
     `<eos> T1 <break> I1 <break> ... Tq <break> Iq <eos>`. All tokens are targets alike, and every part may be masked.
     The unconditional stream is then `<eos> T1 <break> I1 <break> ... <break> Iq`, so some own captions are left out. A
@@ -193,8 +199,9 @@ class CodeDocuments(TrainingDocuments):
 
     Args:
         rows (`datasets.Dataset`): Pairs with `codes`, or documents whose images have `codes`.
-        masking (`CM3Masking`): Of the spans.
-        arguments (`DocumentArguments`): Without a share of its own, every caption comes before its image.
+        masking (`CM3Masking`, *optional*): Of the spans; `None` for causal documents.
+        arguments (`DocumentArguments`): Without shares of its own every caption comes before its image, or, in causal
+            documents, those of Transfusion.
         retrieval ([`RetrievedPairs`], *optional*): What stands in front of rows that have `neighbor_ids`.
         fields: Those of [`TrainingDocuments`].
 
@@ -211,20 +218,22 @@ class CodeDocuments(TrainingDocuments):
         self,
         rows: Any,
         *,
-        masking: CM3Masking,
+        masking: CM3Masking | None,
         arguments: DocumentArguments,
         retrieval: RetrievedPairs | None = None,
         **fields: Any,
     ) -> None:
         if arguments.noise_cap is not None:
             raise ValueError(f"`noise_cap`={arguments.noise_cap}: codes are not noised. Leave it out.")
-        if arguments.caption_dropout:
+        if masking is not None and arguments.caption_dropout:
             raise ValueError(
                 f"`caption_dropout`={arguments.caption_dropout}: documents with codes have masked captions instead. "
-                "Leave it out, and set `whole_segment_share`."
+                "Leave it out, and set `whole_segment_share`, or train a model with `objective`='causal'."
             )
-        super().__init__(rows, arguments=arguments.with_defaults(image_first_share=0.0, caption_dropout=0.0), **fields)
+        shares = {"image_first_share": 0.0, "caption_dropout": 0.0} if masking is not None else CAUSAL_SHARES
+        super().__init__(rows, arguments=arguments.with_defaults(**shares), **fields)
         self.masking, self.retrieval = masking, retrieval
+        self.max_added_tokens = 0 if masking is None else masking.max_added_tokens
 
     def _lay_out(
         self,
@@ -242,27 +251,36 @@ class CodeDocuments(TrainingDocuments):
         if self.retrieval is not None:
             drawn = self.retrieval.draw(row, f"Row {key.row}", generator, self.form_weights)
         document, kept = self._encode(parts, drawn)
-        document = self._fit(document, key, generator, has_images=has_images, reserved=self.masking.max_added_tokens)
+        document = self._fit(document, key, generator, has_images=has_images, reserved=self.max_added_tokens)
         if "answer_mask" in document and self.task_content is not None:
             writes = parts[-1]["type"] != "image" or not parts[-1]["is_answer"]
             return self._mask_task(document, generator, self.task_content.arguments, writes)
-        ids = mask_document(document["input_ids"], generator, self.masking, max_length=self.max_tokens)
-        masked = {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
+        masked = self._mask(document, generator)
         if self.retrieval is None:
             return masked
         num_retrieved = len(kept.pairs)
         return {**masked, "num_retrieved": num_retrieved, "num_left_out": len(drawn.pairs) - num_retrieved}
 
+    def _mask(self, document: Document, generator: torch.Generator) -> Document:
+        """Moves spans of a document to its end, where there are any; every token but the first is a target."""
+        ids = np.asarray(document["input_ids"], dtype=np.int64)
+        if self.masking is None:
+            return {"input_ids": ids, "labels": np.asarray(document["labels"], dtype=np.int64)}
+        ids = mask_document(ids, generator, self.masking, max_length=self.max_tokens)
+        return {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
+
     def _mask_task(
         self, document: Document, generator: torch.Generator, arguments: TaskArguments, writes: bool
     ) -> Document:
-        """Masks a task's written answer whole and leaves a drawn one at the end, or masks it as any document."""
+        """Masks a task's written answer whole and leaves a drawn one at the end, or masks it as any document.
+
+        A causal document has either where it is, at the end.
+        """
+        if self.masking is not None and torch.rand((), generator=generator) >= arguments.answer_masking_share:
+            return self._mask(document, generator)
         ids = np.asarray(document["input_ids"], dtype=np.int64)
-        if torch.rand((), generator=generator) >= arguments.answer_masking_share:
-            ids = mask_document(ids, generator, self.masking, max_length=self.max_tokens)
-            return {"input_ids": ids, "labels": np.concatenate([[-100], ids[1:]])}
         is_answer = np.asarray(document["answer_mask"], dtype=bool)
-        if writes:
+        if writes and self.masking is not None:
             ids, is_answer = mask_answer(ids, is_answer, self.masking)
         labels = np.concatenate([[-100], ids[1:]])
         return {"input_ids": ids, "labels": labels if arguments.train_on_inputs else keep_answers(labels, is_answer)}
@@ -271,7 +289,7 @@ class CodeDocuments(TrainingDocuments):
         """Lays a document out with as many of the retrieved pairs as fit, and says which."""
         while True:
             document = dict(self.processor.encode_document(retrieved.before(parts)))
-            length = len(document["input_ids"]) + self.masking.max_added_tokens
+            length = len(document["input_ids"]) + self.max_added_tokens
             if not retrieved.pairs or self.max_tokens is None or length <= self.max_tokens:
                 return document, retrieved
             retrieved = retrieved.without_least_relevant()

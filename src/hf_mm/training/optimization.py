@@ -68,16 +68,18 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
 def _place(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
     """Places model and optimizer on the devices, under FSDP2 in shards.
 
-    Layers are sharded that the model's class names: an instance names those of its parts too, and accelerate refuses
-    a name without a layer, as a VAE has. What a process did not use in a step, its patch layers where no document had
-    an image, adds zeros to the gradients of the others: without them it would send fewer numbers than they expect.
-    (Unlike elsewhere a layer that no process used then still moves, by its moments and its decay.)
+    Layers are sharded that the model's class names, of those that it has: an instance names those of its parts too,
+    and accelerate refuses a name without a layer, as a VAE has. What a process did not use in a step, its patch layers
+    where no document had an image, adds zeros to the gradients of the others: without them it would send fewer numbers
+    than they expect. (Unlike elsewhere a layer that no process used then still moves, by its moments and its decay.)
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = list(getattr(type(model), "_no_split_modules", None) or ())
+        held = {type(part).__name__ for part in model.modules()}
+        names = getattr(type(model), "_no_split_modules", None) or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name in held]
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     prepared_model.set_reduce_scatter_unused_params(True)
     return prepared_model, prepared_optimizer
@@ -132,7 +134,7 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Ada
         recipe (`TrainingRecipe`): Gives learning rate, betas, epsilon and weight decay.
 
     Returns:
-        `torch.optim.AdamW`: Two parameter groups, with decay (two dimensions or more) and without.
+        `torch.optim.AdamW`: Two parameter groups, with decay (two dimensions or more, but not of norms) and without.
 
     Raises:
         ValueError: If no parameter is trainable.
@@ -144,9 +146,13 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Ada
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no trainable parameter. Set `requires_grad` on what to train.")
+    # Chameleon's norms of queries and keys have a gain for each head.
+    norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
+    of_norms = {id(gain) for norm in norms for gain in norm.parameters()}
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in of_norms]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2 or id(p) in of_norms], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
