@@ -95,12 +95,15 @@ def test_the_kind_of_attention_may_change_while_the_model_lives(make_chameleon):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("positions", ["running", "grid"])
-def test_packed_documents_are_read_as_each_by_itself(make_chameleon, attention, positions):
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, (93, 121, 102, 88)], ids=["short", "long"]
+)  # CM3Leon reads long ones apart
+def test_packed_documents_are_read_as_each_by_itself(make_chameleon, attention, positions, lengths):
     model = make_chameleon(attn_implementation=attention, image_positions=positions)
-    rows = rows_of(model.config)
+    rows = rows_of(model.config, lengths)
     window = windows_of(rows)
     window.pop("labels")
-    packed = model(**window, use_cache=False).logits[0].split(LENGTHS)
+    packed = model(**window, use_cache=False).logits[0].split(lengths)
     for row, found in zip(rows, packed, strict=True):
         torch.testing.assert_close(found, model(input_ids=torch.tensor([row])).logits[0], rtol=0, atol=1e-5)
 

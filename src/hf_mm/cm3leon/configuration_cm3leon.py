@@ -3,6 +3,7 @@
 Knows sizes, names and ids only; nothing here touches a tensor.
 """
 
+import math
 from typing import Any
 
 from diffusers import VQModel
@@ -214,8 +215,8 @@ class CM3LeonConfig(PreTrainedConfig):
                     f"heads of {head_dim}, which `decoder_block`='chameleon' rotates in pairs. Make it even."
                 )
         for name in ("z_loss_weight", "image_loss_weight"):
-            if (value := self.__dict__[name]) < 0:
-                raise ValueError(f"`{name}`={value} must be at least 0.")
+            if not 0 <= (value := self.__dict__[name]) < math.inf:
+                raise ValueError(f"`{name}`={value} must be at least 0, and finite.")
 
     def _validate_vocabulary(self) -> None:
         """Refuses ids beyond the vocabulary or inside a range that is not theirs."""
