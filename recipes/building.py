@@ -353,8 +353,9 @@ class DocumentBatches:
             yield collate([documents[key] for key in keys[start : start + batch_size]])
 
     def mean_tokens(self, rows: Dataset, text_rows: Dataset | None, source: int) -> float:
-        """Mean length of a source's documents, over a few hundred."""
+        """Mean length of a source's documents, over a few hundred from all of it: rows may come in an order."""
         documents = self.documents(rows, text_rows=text_rows, seed=0)
         num_rows = len(rows if source == 0 else text_rows)  # type: ignore[arg-type]
-        keys = [SampleKey(number, source, number) for number in range(min(num_rows, NUM_MEASURED))]
+        count = min(num_rows, NUM_MEASURED)
+        keys = [SampleKey(number, source, number * num_rows // count) for number in range(count)]
         return sum(len(documents[key]["input_ids"]) for key in keys) / len(keys)

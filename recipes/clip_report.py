@@ -12,7 +12,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult
 from transformers import CLIPModel, CLIPProcessor
 
-from hf_mm.cards import add_eval_results, write_card
+from hf_mm.cards import add_eval_results, without_folders, write_card
 from hf_mm.data.captioned_pictures import CaptionedPictures
 from hf_mm.data.clip_encoder import ClipEncoder
 from hf_mm.data.icon_glyphs import GLYPH_SETS, OBJECT_COLORS
@@ -161,8 +161,9 @@ class ClipReport:
         data = {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
         values = card_values(self.output_dir, self.model, facts, recipe, data_report)
         write_card(self.output_dir, CARDS / "clip.md", {**data, **describe_origin(recipe)}, values)
-        shared = {"task_type": "zero-shot-image-classification", "dataset_type": recipe["dataset_name"]}
-        shared["dataset_name"] = f"{recipe['dataset_name']}, {len(self.rows)} held-out pairs"
+        source = without_folders(recipe["dataset_name"])
+        shared = {"task_type": "zero-shot-image-classification", "dataset_type": source}
+        shared["dataset_name"] = f"{source}, {len(self.rows)} held-out pairs"
         results = [
             EvalResult(**shared, metric_type="accuracy", metric_name=name.replace("_", " "), metric_value=value)
             for name, value in measured.items()

@@ -48,9 +48,13 @@ def without_folders(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {name: without_folders(item) for name, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [without_folders(item) for item in value]
-    return Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else value
+    if not isinstance(value, str | Path):
+        return value
+    task, at, place = str(value).rpartition("@")  # as in edit@/home/me/edits
+    place = place.removeprefix("file://")
+    return f"{task}{at}{Path(place).name}" if Path(place).is_absolute() else value
 
 
 def spell_command(script: str, argv: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ PARTS = {
     "model.embed_": "embeddings",
     "model.language_model.embed_tokens.": "embeddings",
     "model.layers.": "transformer",
+    "model.norm.": "transformer",
     "model.language_model.": "transformer",
     "model.patch_": "patch layers",
     "model.image_tokenizer.": "image tokenizer",

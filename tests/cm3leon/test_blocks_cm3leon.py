@@ -208,6 +208,18 @@ def test_without_z_loss_and_weights_the_loss_is_the_librarys_cross_entropy(make_
     torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
 
 
+def test_weights_of_codes_need_both_counts_and_may_be_small(make_chameleon):
+    model = make_chameleon(image_loss_weight=1e-3).train()
+    batch = windows_of(rows_of(model.config, (13, 29)))
+    counts = model.count_targets(batch)
+    with pytest.raises(ValueError, match="`image_loss_weight` .* is 0.001, .*Give both"):
+        model(**batch, num_items_in_batch=counts["num_items_in_batch"])
+    labels, codes = batch["labels"], range(model.config.first_image_token_id, model.config.image_token_ids.stop)
+    labels[~torch.isin(labels, torch.tensor(list(codes)))] = -100
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs.loss.detach(), outputs.image_loss, atol=0.2, rtol=0)  # but for the z-loss
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

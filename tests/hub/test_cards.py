@@ -91,8 +91,10 @@ def test_examples_get_the_names_of_the_hub_and_nothing_else_does(tmp_path):
 
 
 def test_cards_do_not_say_where_folders_lie():
-    recipe = {"output_dir": "/home/me/runs/mine", "names": ["/data/a", "icon_scenes:shapes"], "steps": 3, "none": None}
-    assert without_folders(recipe) == {**recipe, "output_dir": "mine", "names": ["a", "icon_scenes:shapes"]}
+    recipe = {"output_dir": "/home/me/runs/mine", "steps": 3, "none": None,
+              "names": ["/data/a", "icon_scenes:shapes", "edit@/data/b", "edit@me/c", "file:///data/d"]}  # fmt: skip
+    names = ["a", "icon_scenes:shapes", "edit@b", "edit@me/c", "d"]
+    assert without_folders(recipe) == {**recipe, "output_dir": "mine", "names": names}
     argv = ["--model_name_or_path", "/home/me/a model", "--output_dir=/home/me/out", "--config", "recipes/x.yaml"]
     told = "recipes/sft.py --model_name_or_path 'a model' --output_dir=out --config recipes/x.yaml"
     assert spell_command("sft.py", argv) == told

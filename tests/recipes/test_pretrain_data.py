@@ -5,10 +5,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 from transformers import AutoProcessor
 
+import building
 import encode_images
 import pretrain
 import train_text_tokenizer
@@ -171,6 +172,15 @@ def test_stretches_of_a_long_text_cover_it_all_and_predict_nothing_before_them(d
         start = next(s for s in range(len(full)) if full[s : s + longest] == stretch["input_ids"])
         seen |= set(range(start, start + longest))
     assert seen == set(range(len(full)))
+
+
+def test_lengths_are_measured_over_all_rows(documents, monkeypatch):
+    monkeypatch.setattr(building, "NUM_MEASURED", 4)
+    batches, _ = documents
+    short, long = (Dataset.from_dict({"text": [text] * 20}) for text in ("a star", "a star and a moon and a heart"))
+    both = concatenate_datasets([short, long])  # one source behind the other
+    means = [batches.mean_tokens(short, rows, 1) for rows in (short, long, both)]
+    assert means[0] < means[2] == (means[0] + means[1]) / 2
 
 
 def test_a_caption_that_slips_through_is_refused_and_not_trained_on(documents):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -218,6 +219,19 @@ def test_checkpoint_of_another_run_is_refused_with_the_changed_fields(tmp_path: 
         run_here(tmp_path, {"dropout": 0.1}, learning_rate=0.07)
     with pytest.raises(ValueError, match="`rows_per_step` was 5 and is 10"):
         run_here(tmp_path, gradient_accumulation_steps=2)
+
+
+def test_a_run_from_before_a_field_goes_on_while_that_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_here(tmp_path, max_train_seconds=1e-9)
+    fields = toy_run.start.__globals__["asdict"]
+    monkeypatch.setitem(toy_run.start.__globals__, "asdict", lambda toy: {**fields(toy), "names": [], "name": None})
+    run_here(tmp_path, max_steps=5)
+    assert list_checkpoints(tmp_path)[-1].name == "checkpoint-5"
+    monkeypatch.setitem(toy_run.start.__globals__, "asdict", lambda toy: {**fields(toy), "names": ["a"]})
+    with pytest.raises(ValueError, match=re.escape("`names` was [] and is ['a']")):
+        run_here(tmp_path, max_steps=6)
 
 
 def test_longer_schedule_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -456,14 +456,20 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         num_positions = max(1, MAX_SCORES // self.config.vocab_size)
         weights = [weight for weight in self.lm_head.parameters() if weight.requires_grad]
         weighted, total, image_total = sum_in_pieces(self._sum_losses, flat, wanted, num_positions, weights)
+        weight = self.config.image_loss_weight
+        if weight != 1 and (num_items is None) != (num_image_items is None):
+            raise ValueError(
+                f"`image_loss_weight` of the configuration is {weight}, so `num_items_in_batch` needs "
+                "`num_image_items_in_batch` beside it. Give both, as `count_targets` does, or neither."
+            )
         if num_items is None:
             num_items = (wanted != -100).sum()
         if num_image_items is None:
             num_image_items = self._is_code(wanted).sum()
         counts = [torch.as_tensor(count, device=total.device) for count in (num_items, num_image_items)]
-        weight_total = counts[0] - (1 - self.config.image_loss_weight) * counts[1]
+        weight_total = counts[0] - (1 - weight) * counts[1]
         return (
-            weighted / weight_total.clamp(min=1),
+            weighted / torch.where(weight_total > 0, weight_total, 1),
             (total - image_total).detach() / (counts[0] - counts[1]).clamp(min=1),
             image_total.detach() / counts[1].clamp(min=1),
         )

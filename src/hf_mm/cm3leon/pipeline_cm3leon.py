@@ -58,9 +58,11 @@ class CM3LeonPipeline(WritingMixin, InfillingMixin, RetrievalMixin, DiffusionPip
         super().__init__()
         if model.config.model_type != "cm3leon":
             raise ValueError(f"`model` is a {type(model).__name__}; this pipeline draws with CM3Leon models only.")
-        if processor.objective != model.config.objective:
+        # Code that was exported with a checkpoint before there were two objectives knows of none.
+        objective, of_model = (getattr(part, "objective", "cm3") for part in (processor, model.config))
+        if objective != of_model:
             raise ValueError(
-                f"`processor` has `objective`={processor.objective!r} and `model` {model.config.objective!r}: prompts "
+                f"`processor` has `objective`={objective!r} and `model` {of_model!r}: prompts "
                 "would not be those of its training. Load both from one folder."
             )
         if (reranker is None) != (reranker_processor is None):

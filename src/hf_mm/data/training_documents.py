@@ -201,7 +201,8 @@ class CodeDocuments(TrainingDocuments):
         rows (`datasets.Dataset`): Pairs with `codes`, or documents whose images have `codes`.
         masking (`CM3Masking`, *optional*): Of the spans; `None` for causal documents.
         arguments (`DocumentArguments`): Without shares of its own every caption comes before its image, or, in causal
-            documents, those of Transfusion.
+            documents, those of Transfusion. Behind retrieved pairs a caption is left out for `caption_dropout` or for
+            `query_caption_dropout` of the retrieval.
         retrieval ([`RetrievedPairs`], *optional*): What stands in front of rows that have `neighbor_ids`.
         fields: Those of [`TrainingDocuments`].
 

@@ -267,7 +267,9 @@ class Checkpoints:
 
     def _check_identity(self, folder: Path) -> None:
         saved = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["identity"]
-        names = sorted(saved.keys() | self.identity.keys())
+        # A field that did not exist when the run began is as it was, while it is empty.
+        given = {name for name, value in self.identity.items() if value not in (None, [])}
+        names = sorted(saved.keys() | given)
         changed = {name: (saved.get(name), self.identity.get(name)) for name in names}
         changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
         if "max_steps" in changed:
