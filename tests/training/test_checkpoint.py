@@ -214,9 +214,11 @@ def test_weights_are_safetensors_under_the_models_own_names(tmp_path: Path) -> N
 
 
 def test_checkpoint_of_another_run_is_refused_with_the_changed_fields(tmp_path: Path) -> None:
-    run_here(tmp_path, max_train_seconds=1e-9)
+    run_here(tmp_path, max_train_seconds=1e-9, report_to=["tensorboard"])
+    shutil.rmtree(tmp_path / "logs")
     with pytest.raises(ValueError, match="`dropout` was 0.3 and is 0.1; `learning_rate` was 0.05 and is 0.07"):
-        run_here(tmp_path, {"dropout": 0.1}, learning_rate=0.07)
+        run_here(tmp_path, {"dropout": 0.1}, learning_rate=0.07, report_to=["tensorboard"])
+    assert not (tmp_path / "logs").exists()
     with pytest.raises(ValueError, match="`rows_per_step` was 5 and is 10"):
         run_here(tmp_path, gradient_accumulation_steps=2)
 

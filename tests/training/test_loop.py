@@ -142,15 +142,14 @@ class LostTracker:
 def test_training_goes_on_without_its_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lost, prepare = LostTracker(), toy_run.start.__globals__["prepare_training"]
+    lost, train = LostTracker(), toy_run.start.__globals__["train"]
 
-    def prepare_with_lost_tracker(accelerator: Accelerator, *others: Any) -> Any:
-        parts = prepare(accelerator, *others)
+    def train_with_lost_tracker(accelerator: Accelerator, *others: Any, **fields: Any) -> Any:
         accelerator.trackers.append(lost)
-        return parts
+        return train(accelerator, *others, **fields)
 
     whole = run_here(tmp_path / "whole")
-    monkeypatch.setitem(toy_run.start.__globals__, "prepare_training", prepare_with_lost_tracker)
+    monkeypatch.setitem(toy_run.start.__globals__, "train", train_with_lost_tracker)
     accelerator, parts, reason = toy_run.start(make_recipe(tmp_path / "lost"), toy_run.ToyRecipe())
     end_training(accelerator)
     assert reason == "max_steps" and lost.num_asked == 6

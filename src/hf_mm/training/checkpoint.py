@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from .loop import TrainingProgress
 from .optimization import TrainingParts
 from .recipe import TrainingRecipe
+from .trackers import start_trackers
 
 
 MANIFEST_NAME = "checkpoint.json"
@@ -172,7 +173,7 @@ class Checkpoints:
             ) from error
 
     def resume(self) -> int:
-        """Loads the checkpoint that `resume_from_checkpoint` names, if any.
+        """Loads the checkpoint that `resume_from_checkpoint` names, if any, and starts the trackers of the run.
 
         Returns:
             `int`: The step reached, 0 for a fresh start. The first batch wanted belongs to the step after it.
@@ -180,9 +181,14 @@ class Checkpoints:
         Raises:
             ValueError: If the checkpoint named is damaged or belongs to another run, if all there are are damaged, or
                 if the folder holds later checkpoints than the one resumed, which a next launch would mistake for this
-                run's.
+                run's. The trackers are not started then.
 
         """
+        step = self._load()
+        start_trackers(self.accelerator, vars(self.recipe))
+        return step
+
+    def _load(self) -> int:
         if self.accelerator.is_main_process:
             for leftover in self.output_dir.glob("checkpoint-*.tmp"):  # of a launch that was killed
                 shutil.rmtree(leftover)

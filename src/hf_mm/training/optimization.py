@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_scheduler
 
 from .recipe import TrainingRecipe
-from .trackers import start_trackers
 
 
 # Positions up to which matrix products beat the CPU's fused attention in bf16: 4 times at 86, as fast at 256.
@@ -33,7 +32,7 @@ class TrainingParts(NamedTuple):
 
 
 def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: TrainingRecipe) -> TrainingParts:
-    """Builds optimizer, schedule and moving average for a model, places them on the devices, and starts the trackers.
+    """Builds optimizer, schedule and moving average for a model, and places all of them on the devices.
 
     The schedule is not prepared by accelerate: a prepared one advances once per process instead of once per step.
 
@@ -61,7 +60,6 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
     optimizer = build_optimizer(model, recipe)
     lr_scheduler = build_lr_scheduler(optimizer, recipe)
     prepared_model, prepared_optimizer = _place(accelerator, model, optimizer)
-    start_trackers(accelerator, vars(recipe))
     return TrainingParts(prepared_model, prepared_optimizer, lr_scheduler, build_ema(prepared_model, recipe))
 
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_trackers(accelerator: Accelerator, fields: Mapping[str, Any]) -> None:
-    """Starts the trackers of a run, once its rows and model are fit for it: a refused one leaves no folder behind.
+    """Starts the trackers of a run, once nothing can refuse it any more: a refused one leaves no folder behind.
 
     Args:
         accelerator (`Accelerator`): From `build_accelerator`.
