@@ -45,6 +45,13 @@ def test_parts_add_up_to_the_parameters_of_the_model_that_is_loaded(codes):
         assert facts["pictures"]["size"] == model.config.image_size
 
 
+@pytest.mark.parametrize(("block", "family"), [("cm3leon", "CM3Leon"), ("chameleon", "Chameleon")])
+def test_a_family_is_called_as_in_its_paper(block, family, make_cm3leon, tmp_path):
+    fields = {"hidden_act": "silu", "tie_word_embeddings": False} if block == "chameleon" else {}
+    make_cm3leon(decoder_block=block, **fields).save_pretrained(tmp_path)
+    assert describe_checkpoint(str(tmp_path))["family"] == family
+
+
 def test_what_the_folder_says_is_told(codes, tmp_path):
     facts = describe_checkpoint(str(codes))
     assert (facts["family"], facts["dtypes"], facts["tuned_for"]) == ("CM3Leon", ["BF16"], [])

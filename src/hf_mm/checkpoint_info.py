@@ -67,7 +67,7 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
     text = config.get_text_config()
     return {
         "name": name,
-        "family": FAMILIES[config.model_type],
+        "family": name_family(config),
         "dtypes": sorted({tensor.dtype for _, tensor in tensors}),
         "parameters": {"total": total, **parameters},
         "tuned_for": read_tasks(read_text(name, TASKS) or ""),
@@ -79,6 +79,11 @@ def describe_checkpoint(name: str) -> dict[str, Any]:
             for dtype, width in DTYPE_BYTES.items()
         },
     }
+
+
+def name_family(config: PreTrainedConfig) -> str:
+    """Names what kind of model a configuration is of, as a paper does."""
+    return "Chameleon" if getattr(config, "decoder_block", None) == "chameleon" else FAMILIES[config.model_type]
 
 
 def read_config(name: str) -> PreTrainedConfig:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .checkpoint_info import FAMILIES, count_parameters, positions_per_image, spell_bytes, spell_count
+from .checkpoint_info import FAMILIES, count_parameters, name_family, positions_per_image, spell_bytes, spell_count
 from .meta_step import IMAGE_SHARE, build_meta_model, measure_activations, measure_flops
 from .recipe_launch import find_beside
 
@@ -221,7 +221,7 @@ def plan_training(
     gpu_tokens_per_second = args.utilisation * args.peak_tflops * 1e12 / flops
     plan: dict[str, Any] = {
         "name": planned.name,
-        "family": FAMILIES[config.model_type],
+        "family": name_family(config),
         "parameters": {
             "total": total,
             "trained": trained,

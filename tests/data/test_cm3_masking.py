@@ -222,8 +222,12 @@ def test_causal_documents_have_no_spans_and_others_the_mean_of_cm3():
     given = SpanArguments(mean_spans=0.7, max_spans=5).for_objective("cm3")
     assert (given.mean_spans, given.max_spans) == (0.7, 5)
     assert SpanArguments(mean_spans=0).for_objective("causal").mean_spans == 0
-    with pytest.raises(ValueError, match="`mean_spans`=0.7, but the model has `objective`='causal'"):
-        SpanArguments(mean_spans=0.7).for_objective("causal")
+
+
+@pytest.mark.parametrize(("field", "value"), [("mean_spans", 0.7), ("max_spans", 5), ("whole_segment_share", 0.2)])
+def test_spans_that_causal_documents_do_not_have_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"`{field}`={value}, but the model has `objective`='causal'"):
+        SpanArguments(**{field: value}).for_objective("causal")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import AutoModelForMultimodalLM
 
 import sft
 from adapting import AdapterArguments, add_adapters
+from hf_mm.cards import rename
 from hf_mm.data.tasks import SOURCES as SOURCES_OF_PAPER
 from hf_mm.data.tasks import TASKS
 from hf_mm.training.checkpoint import list_checkpoints
@@ -104,6 +105,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(transfusion, tune, entri
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_adapters_alone_on_their_base_are_the_merged_model(use_dora, transfusion, tune):
     folder = tune(transfusion, lora_rank=2, use_dora=use_dora, eval_steps=3)
+    rename(folder / "adapter", {str(transfusion): "me/base"})  # as publishing does
+    card = (folder / "adapter" / "README.md").read_text()
+    assert 'from_pretrained("me/base"' in card and str(transfusion.parent) not in card
     merged = AutoModelForMultimodalLM.from_pretrained(folder)
     assert not any("lora" in name for name in merged.state_dict())
     adapted = AutoModelForMultimodalLM.from_pretrained(transfusion)

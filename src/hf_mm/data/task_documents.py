@@ -30,7 +30,7 @@ class TaskArguments:
         default=0.5,
         metadata={
             "help": "Models of codes: share of documents whose written answer is masked whole and whose drawn answer "
-            "stands last; the others are masked at random, as in pretraining. Ours."
+            "stands last; the others are masked at random, as in pretraining. Causal documents all end with it. Ours."
         },
     )
     instruction_dropout: float = field(
