@@ -18,6 +18,7 @@ from hf_mm.data.clip_encoder import ClipEncoder
 from hf_mm.data.icon_glyphs import GLYPH_SETS, OBJECT_COLORS
 from hf_mm.data.icon_records import describe, scene_key
 from hf_mm.evaluation.retrieval import retrieval_recall
+from hf_mm.training.history import draw_loss_curves, read_history
 from hf_mm.training.optimization import TrainingParts, ema_weights, trainable_parameters
 from hf_mm.training.samples import save_captioned_grid
 from hf_mm.training.trackers import log_to_trackers
@@ -134,10 +135,11 @@ class ClipReport:
         path = self.output_dir / "samples" / f"step-{step:06d}.png"
         save_captioned_grid(shown, [pairs[number][1] for number in best], path)
 
-    def export(self, facts: dict[str, Any], recipe: dict[str, Any], data_report: str) -> str:
-        """Saves model, processor, scores and card into the output folder, and says so; for the main process.
+    def export(self, folder: Path, facts: dict[str, Any], recipe: dict[str, Any], data_report: str) -> str:
+        """Saves model, processor, scores and card as they stand into a folder, and says so; for the main process.
 
         Args:
+            folder (`Path`): The output folder at the end; before, another.
             facts (`dict`): Of the run, for the card.
             recipe (`dict`): All fields of the run.
             data_report (`str`): What was read and what was dropped, for the card.
@@ -147,20 +149,21 @@ class ClipReport:
         """
         with self._averaged():
             measured = self.measure()
-            self.model.save_pretrained(self.output_dir)
-        self.processor.save_pretrained(self.output_dir)
+            self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        draw_loss_curves(read_history(self.output_dir / "history.jsonl"), folder / "loss_curves.png")
         text = json.dumps({**measured, "num_pairs": len(self.rows)}, indent=2)
-        (self.output_dir / "retrieval.json").write_text(text, encoding="utf-8")
-        self._write_card(measured, facts, recipe, data_report)
+        (folder / "retrieval.json").write_text(text, encoding="utf-8")
+        self._write_card(folder, measured, facts, recipe, data_report)
         told = json.dumps({name: round(value, 3) for name, value in measured.items()})
-        return f"The model is in {self.output_dir}, with {told} on {len(self.rows)} pairs."
+        return f"The model is in {folder}, with {told} on {len(self.rows)} pairs."
 
     def _write_card(
-        self, measured: dict[str, float], facts: dict[str, Any], recipe: dict[str, Any], data_report: str
+        self, folder: Path, measured: dict[str, float], facts: dict[str, Any], recipe: dict[str, Any], data_report: str
     ) -> None:
         data = {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
-        values = card_values(self.output_dir, self.model, facts, recipe, data_report)
-        write_card(self.output_dir, CARDS / "clip.md", {**data, **describe_origin(recipe)}, values)
+        values = card_values(folder, self.model, facts, recipe, data_report)
+        write_card(folder, CARDS / "clip.md", {**data, **describe_origin(recipe)}, values)
         source = without_folders(recipe["dataset_name"])
         shared = {"task_type": "zero-shot-image-classification", "dataset_type": source}
         shared["dataset_name"] = f"{source}, {len(self.rows)} held-out pairs"
@@ -168,4 +171,4 @@ class ClipReport:
             EvalResult(**shared, metric_type="accuracy", metric_name=name.replace("_", " "), metric_value=value)
             for name, value in measured.items()
         ]
-        add_eval_results(self.output_dir, results)
+        add_eval_results(folder, results)

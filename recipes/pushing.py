@@ -28,17 +28,14 @@ class HubPush:
     Args:
         accelerator (`Accelerator`): Of the run.
         recipe (`TrainingRecipe`): With the folder, the Hub repo, and how often to save.
-        export (`Callable[[Path], Any]`, *optional*): Writes the model as it stands into a folder; called by all
-            processes. Without it only the finished model is uploaded.
+        export (`Callable[[Path], Any]`): Writes the model as it stands into a folder; called by all processes.
 
     Raises:
         ValueError: If the repo holds something else.
         OSError: If the Hub is not reached, or the token wrong.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, recipe: TrainingRecipe, export: Callable[[Path], Any] | None = None
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, recipe: TrainingRecipe, export: Callable[[Path], Any]) -> None:
         self.accelerator, self.recipe, self.export = accelerator, recipe, export
         self.folder = Path(recipe.output_dir) / PUSHED
         self.api, self._sender = HfApi(), threading.Thread()
@@ -49,15 +46,13 @@ class HubPush:
     @property
     def every(self) -> tuple[int | None, Callable[[int], None]]:
         """How often the training loop is to upload, and by what."""
-        is_on = self.recipe.push_to_hub is not None and self.export is not None
-        return (self.recipe.save_steps if is_on else None), self.push
+        return (None if self.recipe.push_to_hub is None else self.recipe.save_steps), self.push
 
     def push(self, step: int) -> None:
         """Exports the model and begins to upload it, unless an upload still runs; to be called by all processes."""
         (is_sending,) = broadcast_object_list([self._sender.is_alive()])
         if is_sending or step == self.recipe.max_steps:  # the finished model follows
             return
-        assert self.export is not None
         try:
             self.export(self.folder)
         except OSError as error:  # such as a full disk

@@ -176,7 +176,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     clip_args, data_args, caption_args, recipe = parse_recipe(*ARGUMENTS, argv=argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
-    push = HubPush(accelerator, recipe)
     config = load_clip_config(clip_args)
     side = config.vision_config.image_size
     with accelerator.main_process_first():
@@ -203,6 +202,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     loader = build_batches(pairs, PairCollator(processor), caption_args, recipe, accelerator, checkpoints.resume())
     held_out_pairs = CaptionedPictures(held_out, form_weights, recipe.seed + 1)
     shown = ClipReport(accelerator, parts, model, processor, held_out_pairs, clip_args.num_eval_documents, output_dir)
+    told = "" if report is None else report.to_markdown()
+
+    def export(folder: Path) -> str:
+        if not accelerator.is_main_process:
+            return ""
+        facts = describe_run("train_clip.py", argv, accelerator, recipe, len(rows), progress)
+        return shown.export(folder, facts, asdict(recipe) | identity, told)
+
+    push = HubPush(accelerator, recipe, export)
     train(
         accelerator,
         parts,
@@ -214,12 +222,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         every=[
             (recipe.sample_steps, shown.draw),
             (recipe.eval_steps if clip_args.eval_dataset_split else None, shown.evaluate),
+            push.every,
         ],
         loss_parts=LOSS_PARTS,
     )
-    facts = describe_run("train_clip.py", argv, accelerator, recipe, len(rows), progress)
-    told = "" if report is None else report.to_markdown()
-    finish_run(accelerator, push, lambda: shown.export(facts, asdict(recipe) | identity, told))
+    finish_run(accelerator, push, lambda: export(output_dir))
     return output_dir
 
 

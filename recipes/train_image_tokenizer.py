@@ -28,6 +28,7 @@ from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_pictures, prepare_rows
 from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.codebook import CodebookUpkeep, measure_usage
+from hf_mm.training.history import draw_loss_curves, read_history
 from hf_mm.training.image_tokenizer import LOSS_PARTS, ImageTokenizerTrainer
 from hf_mm.training.image_tokenizer_arguments import (
     ImageTokenizerArguments,
@@ -73,48 +74,52 @@ def export(
     parts: TrainingParts,
     pictures: TrainingPictures,
     num_pictures: int,
-    output_dir: Path,
-    write: Callable[[str], object],
+    folder: Path,
+    describe: Callable[[Path, str], object],
 ) -> str:
-    """Measures the latent scale or the usage of the codes, saves the tokenizer, and says what was measured.
+    """Measures the latent scale or the usage of the codes, and saves the tokenizer as it stands; for the main process.
 
     Args:
         tokenizer (`AutoencoderKL` or `VQModel`): That was trained.
         parts ([`TrainingParts`]): With the averaged weights.
         pictures ([`TrainingPictures`]): To measure on.
         num_pictures (`int`): How many of them.
-        output_dir (`Path`): Where to.
-        write (`Callable[[str], object]`): Writes the card, with what was measured.
+        folder (`Path`): Where to.
+        describe (`Callable[[Path, str], object]`): Writes the card into the folder, with what was measured.
 
     Returns:
         `str`: where it is, and what was measured.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with ema_weights(parts.ema, trainable_parameters(parts.model)):
         images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
         if isinstance(tokenizer.eval(), VQModel):
             usage = measure_usage(tokenizer, images)
             text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
-            (output_dir / "codebook_usage.json").write_text(text, encoding="utf-8")
+            (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
             measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
         else:
             scale = measure_latent_scale(tokenizer, images)
             tokenizer.register_to_config(scaling_factor=scale)
             measured = f"latent scale {scale:.4f}"
-        save_reconstructions(tokenizer, pictures.first(8), output_dir / "reconstructions.png")
-        tokenizer.save_pretrained(output_dir)
-    write(f"Measured on {num_pictures} training pictures: {measured}.")
-    return f"The tokenizer is in {output_dir}, with {measured}."
+        save_reconstructions(tokenizer, pictures.first(8), folder / "reconstructions.png")
+        tokenizer.save_pretrained(folder)
+    describe(folder, f"Measured on {num_pictures} training pictures: {measured}.")
+    return f"The tokenizer is in {folder}, with {measured}."
 
 
 def describe_tokenizer(
     folder: Path,
+    measured: str,
+    *,
     tokenizer: AutoencoderKL | VQModel,
-    facts: Mapping[str, Any],
+    find_facts: Callable[[], Mapping[str, Any]],
     recipe: Mapping[str, Any],
     data_report: str,
-    measured: str,
 ) -> None:
-    """Writes the card of a tokenizer; see `card_values` of reporting."""
+    """Draws the losses so far and writes the card of a tokenizer; see `card_values` of reporting."""
+    draw_loss_curves(read_history(Path(recipe["output_dir"]) / "history.jsonl"), folder / "loss_curves.png")
+    facts = find_facts()
     values = card_values(folder, tokenizer, facts, recipe, data_report)
     data = {"library_name": "diffusers", "pipeline_tag": "image-to-image", **describe_origin(recipe)}
     write_card(
@@ -143,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments, data_args, caption_args, recipe = read_recipe(argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
-    push = HubPush(accelerator, recipe)
     tokenizer = build_image_tokenizer(arguments)
     latent_shape = find_latent_shape(tokenizer, arguments.image_size)
     with accelerator.main_process_first():
@@ -178,6 +182,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
             with ema_weights(parts.ema, trainable_parameters(parts.model)):
                 save_reconstructions(tokenizer, pictures.first(8), output_dir / "samples" / f"step-{step:06d}.png")
 
+    facts = partial(describe_run, "train_image_tokenizer.py", argv, accelerator, recipe, len(rows), progress)
+    told = {"recipe": asdict(recipe) | identity, "data_report": "" if report is None else report.to_markdown()}
+    describe = partial(describe_tokenizer, tokenizer=tokenizer, find_facts=facts, **told)
+    num_pictures = min(arguments.num_scale_images, len(rows))
+    save = partial(export, tokenizer, parts, pictures, num_pictures, describe=describe)
+    push = HubPush(accelerator, recipe, lambda folder: save(folder) if accelerator.is_main_process else None)
     revival_steps, upkeep = build_upkeep(arguments, trainer, parts, pictures, progress, recipe.seed)
     if first_step == 0:
         upkeep(0)
@@ -189,14 +199,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=ImageTokenizerTrainer.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(revival_steps, upkeep), (recipe.sample_steps, draw)],
+        every=[(revival_steps, upkeep), (recipe.sample_steps, draw), push.every],
         loss_parts=LOSS_PARTS,
     )
-    num_pictures = min(arguments.num_scale_images, len(rows))
-    facts = describe_run("train_image_tokenizer.py", argv, accelerator, recipe, len(rows), progress)
-    told = "" if report is None else report.to_markdown()
-    write = partial(describe_tokenizer, output_dir, tokenizer, facts, asdict(recipe) | identity, told)
-    finish_run(accelerator, push, lambda: export(tokenizer, parts, pictures, num_pictures, output_dir, write))
+    finish_run(accelerator, push, lambda: save(output_dir))
     return output_dir
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
@@ -10,11 +11,29 @@ from huggingface_hub import ModelCard
 from micro_run import MICRO_MODEL, MICRO_RUN
 
 import pretrain
+import train_clip
+import train_image_tokenizer
 from hf_mm.training.recipe import TrainingRecipe
 from pushing import PUSHED, HubPush
 
 
 NAME = "me/run"
+ROOT = Path(__file__).parents[2]
+PARTS = {  # what models are made with, each in a run of moments: its recipe, words, weights, and what is measured
+    "vae_tiny": (train_image_tokenizer, "--num_scale_images 8 --sample_steps 4", "diffusion_pytorch_model", None),
+    "vq_tiny": (
+        train_image_tokenizer,
+        "--num_scale_images 8 --sample_steps 4 --quantization_start_step 0 --last_code_revival_step 2",
+        "diffusion_pytorch_model",
+        "codebook_usage.json",
+    ),
+    "clip_tiny": (
+        train_clip,
+        f"--config_name {ROOT}/recipes/configs/models/clip_tiny.json --num_eval_documents 8 --vocab_size 300",
+        "model",
+        "retrieval.json",
+    ),
+}
 
 
 @pytest.fixture
@@ -142,3 +161,29 @@ def test_training_pushes_on_its_way_and_at_its_end(hub, tmp_path, not_checked, m
     card = ModelCard(files["README.md"].decode())
     assert card.data.library_name == "hf_mm" and f'model="{NAME}"' in card.text and "seed 0" in card.text
     assert f"Uploaded: {hub.url}/{NAME}/commit/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_tokenizers_and_clips_are_pushed_on_the_way_too_and_are_trained_as_without(name, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    recipe, words, weights, measured = PARTS[name]
+    words += " --num_scenes 24 --max_steps 4 --save_steps 2 --warmup_steps 1 --per_device_train_batch_size 3"
+    words = f"--config {ROOT}/recipes/configs/{name}.yaml {words} --report_to none --logging_steps 1".split()
+    plain = recipe.main([*words, "--output_dir", str(tmp_path / "plain")])
+    seen = {}
+    waiting = HubPush._send
+
+    def send(push, step):
+        waiting(push, step)
+        seen[step] = hub.files(NAME)
+
+    monkeypatch.setattr(HubPush, "_send", send)
+    folder = recipe.main([*words, "--output_dir", str(tmp_path / "pushed"), "--push_to_hub", NAME])
+    messages = [commit.message for commit in hub.repos[NAME].commits.values()]
+    assert messages == ["initial commit", "Step 2 of 4", "Upload model"]
+    way, end = seen[2], hub.files(NAME)
+    assert "2 steps" in way["README.md"].decode() and "4 steps" in end["README.md"].decode()
+    assert {"config.json", "loss_curves.png", *([measured] if measured else [])} <= way.keys() <= end.keys()
+    assert way[f"{weights}.safetensors"] != end[f"{weights}.safetensors"]
+    assert end[f"{weights}.safetensors"] == (plain / f"{weights}.safetensors").read_bytes()
+    assert end[f"{weights}.safetensors"] == (folder / f"{weights}.safetensors").read_bytes()
