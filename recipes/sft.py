@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from adapting import ADAPTER, AdapterArguments, add_adapters, describe_adapters, merge_adapters
-from building import DocumentBatches, ModelArguments, build_model, load_config
+from building import DocumentBatches, ModelArguments, build_model, load_config, refuse_unfit_rows
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.cm3_masking import SpanArguments
 from hf_mm.data.mixing import DocumentArguments, StepSampler
@@ -179,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         pairs = None
         if source_args.rehearsal_share:
             pairs = open_rows(data_args, image_size=config.image_size, seed=recipe.seed)
+            if "image" not in pairs.column_names:  # encoded before the run
+                refuse_unfit_rows(pairs, data_args.dataset_name, model)
             pairs, _ = prepare_rows(pairs, data_args, caption_args, processor.tokenizer, documents.limit)
     sources = encode_all(opened, pairs, model, documents, recipe, accelerator)
     shares, rows = share_out(sources, source_args), TaskRows(sources)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from diffusers import VQModel
+from diffusers import AutoencoderKL, VQModel
 from micro_run import MICRO_MODEL, MICRO_RUN
 from transformers.utils import logging
 
@@ -126,6 +126,22 @@ def encode(tmp_path: Path):
         return encode_images.main([*words, "--image_tokenizer_name", str(tokenizer)])
 
     return make
+
+
+@pytest.fixture
+def latents(tmp_path: Path, encode) -> dict[str, object]:
+    """The fields of a micro run on latents of a VAE."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 6),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=3,
+        scaling_factor=0.7,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    return {"image_tokenizer_name": tmp_path / "vae", "dataset_name": encode("latents", tmp_path / "vae")}
 
 
 @pytest.fixture

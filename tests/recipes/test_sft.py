@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -89,6 +89,32 @@ def test_models_of_codes_are_tuned_on_codes_of_their_own_tokenizer(run, codes, t
     assert list(manifest["columns"]) == ["codes"] and manifest["num_rows"] == 80
     assert "step 2" in (folder / "tasks.md").read_text()
     assert DiffusionPipeline.from_pretrained(folder).caption([Image.new("RGB", (16, 16))], prompt="what?")
+
+
+@pytest.mark.parametrize("is_encoded", [False, True], ids=["pictures", "latents"])
+def test_models_of_latents_are_tuned_on_what_their_own_vae_encodes(is_encoded, run, latents, tune, encode, entries):
+    base = run("base", max_steps=1, **latents)
+    rehearsed = {"dataset_name": latents["dataset_name"]} if is_encoded else {}
+    folder = tune(base, eval_steps=2, reports_start=False, rehearsal_share=0.5, **rehearsed)
+    manifest = json.loads((folder / "encoded" / "00-edit" / "manifest.json").read_text())
+    assert list(manifest["columns"]) == ["latent_mean", "latent_std"]
+    assert (folder / "encoded" / "rehearsal").exists() != is_encoded
+    assert "step 2" in (folder / "tasks.md").read_text() and entries(folder)[2]["num_images_seen"] > 0
+    before, after = weights_of(base), weights_of(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("model.vae."))
+    assert any(name.startswith("model.vae.") for name in before)
+    assert DiffusionPipeline.from_pretrained(folder)("make it blue", image=Image.new("RGB", (16, 16))).images
+
+
+def test_rehearsed_latents_of_another_vae_are_refused(run, latents, tune, encode):
+    base = run("base", max_steps=1, **latents)
+    vae = AutoencoderKL.from_pretrained(latents["image_tokenizer_name"])
+    with torch.no_grad():
+        vae.encoder.conv_in.bias += 1
+    vae.save_pretrained(latents["image_tokenizer_name"])
+    others = encode("others", latents["image_tokenizer_name"])
+    with pytest.raises(ValueError, match="was encoded with another image tokenizer than the model's"):
+        tune(base, dataset_name=others)
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(transfusion, tune, entries):

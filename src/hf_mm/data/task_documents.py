@@ -72,8 +72,8 @@ class TaskSourceRows:
         if "messages" in self.places:
             return {TASK: None, "messages": self._fill_messages(row["messages"], int(self.places["messages"][number]))}
         pictures = {slot: self._picture(int(places[number])) for slot, places in self.places.items()}
-        if self.task is None:  # a pair: its picture is the row's
-            return row | pictures["image"]
+        if self.task is None:  # a pair: its picture is the row's, unless rows were encoded before the run
+            return row | pictures.get("image", {})
         return row | pictures | {TASK: self.task}
 
     def _picture(self, place: int) -> dict[str, Any]:
@@ -114,6 +114,12 @@ class TaskRows:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns of all sources, and of their encoded pictures."""
+        parts = [part for source in self.sources for part in (source.rows, source.pictures) if part is not None]
+        return sorted({name for part in parts for name in part.column_names})
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Returns a row with the arrays of its pictures, and its task."""
