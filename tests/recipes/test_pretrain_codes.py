@@ -134,6 +134,9 @@ def test_the_chameleon_baseline_goes_from_codes_to_a_folder_that_draws_and_capti
 def test_a_model_that_fills_in_becomes_causal_where_the_recipe_says_so(run, codes):
     first = run("first", **codes)
     further = {**codes, "config_name": None, "image_tokenizer_name": None, "model_name_or_path": first}
+    with pytest.raises(ValueError, match="`max_spans`=5, but the model has `objective`='causal'"):
+        run("spans", config_overrides="objective=causal", **further)
+    further["max_spans"] = None  # documents without spans have no most of them
     folder = run("second", config_overrides="objective=causal", caption_dropout=0.3, **further)
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert pipe.processor.unconditional_prompt() == [pipe.model.config.eos_token_id]
