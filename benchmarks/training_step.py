@@ -96,6 +96,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         deeds[name] = partial(training_step, model, loss_of, optimizer, dtype)
         deeds[f"{name}_floor"] = products_alone(record_products(model, loss_of), backward=True, dtype=dtype)
+        if arguments.torch_compile and name in OURS:
+            model.compile()  # as `torch_compile: true` of the recipes
     clocks = take_turns(deeds, arguments.num_repeats)
     is_large = result["parameters"]["same_parameters"] >= LARGE
     targets = TARGETS | ({"same_parameters": LARGE_TARGET} if is_large else {})

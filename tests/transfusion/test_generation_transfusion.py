@@ -10,6 +10,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LogitsProcessor, LogitsProcessorList
 
 
@@ -114,6 +115,22 @@ def test_drawing_with_eager_attention_equals_sdpa(make_model):
         for name in ("eager", "sdpa")
     ]
     close(*drawn)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("fields", [{}, {"patch_positions": "rotary", "prediction_type": "flow_prediction"}])
+def test_a_compiled_step_draws_the_same_and_is_compiled_once(make_model, fields):
+    model = make_model(**fields)
+    drawing = {"guidance_scale": 3.0, **DRAWING}
+    prompt = torch.tensor([[BOS, 11, 12, 13]])
+    expected = model.draw_images(prompt, num_inference_steps=6, generator=seeded(0), **drawing)
+    counter = CompileCounterWithBackend("aot_eager")
+    model.model.language_model.compile(backend=counter)
+    model.draw_images(prompt, num_inference_steps=3, generator=seeded(1), **drawing)
+    compiled = counter.frame_count
+    drawn = model.draw_images(prompt, num_inference_steps=6, generator=seeded(0), **drawing)
+    assert counter.frame_count == compiled > 0
+    torch.testing.assert_close(drawn, expected)
 
 
 def test_a_flow_is_integrated_by_euler(make_model):
