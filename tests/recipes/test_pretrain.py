@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -121,11 +122,17 @@ def test_accumulated_half_batches_equal_one_batch(run, entries):
 
 
 @pytest.mark.slow
-def test_two_processes_with_half_the_batch_each_equal_one(run, make_command, entries, child_environment, tmp_path):
+@pytest.mark.parametrize(
+    "torch_compile",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles by g++"))],
+)
+def test_two_processes_with_half_the_batch_each_equal_one(
+    run, make_command, entries, child_environment, tmp_path, torch_compile
+):
     settings = {"max_steps": 6, "sample_steps": 3, "eval_steps": 3, "eval_dataset_split": "validation"}
     whole = entries(run("one", per_device_train_batch_size=8, **settings))
-    command = make_command(2, "two", per_device_train_batch_size=4, **settings)
-    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=300, check=False)
+    command = make_command(2, "two", per_device_train_batch_size=4, torch_compile=torch_compile, **settings)
+    done = subprocess.run(command, env=child_environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     [newest] = list_checkpoints(tmp_path / "two")
     assert len(list(newest.glob("random_states_*.pkl"))) == 2  # each process saved its own

@@ -56,6 +56,8 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     set_attention(accelerator, model, recipe)
     if recipe.torch_compile:
+        # DDP cuts the graph at its buckets of gradients by default, and batches of varying length then do not compile.
+        torch._dynamo.config.optimize_ddp = False
         model.compile()  # in place: the names in the state dict stay as they are
     optimizer = build_optimizer(model, recipe)
     lr_scheduler = build_lr_scheduler(optimizer, recipe)
