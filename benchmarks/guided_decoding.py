@@ -55,7 +55,7 @@ NUM_CODES = SIDE**2
 PROMPT_LENGTH = 24
 MAX_POSITIONS = 512
 
-Draw = Callable[[torch.Tensor], torch.Tensor]
+Draw = Callable[..., torch.Tensor]
 Drawer = tuple[torch.nn.Module, Draw]
 
 
@@ -63,7 +63,7 @@ def make_cm3leon(hidden_size: int, num_layers: int) -> Drawer:
     """Builds CM3Leon and its drawing."""
     model = build_cm3leon(hidden_size, num_layers, MAX_POSITIONS).eval()
     sampling = CodeSampling(guidance_scale=GUIDANCE_SCALE)
-    return model, lambda prompts: model.draw_images(prompts, sampling=sampling)
+    return model, lambda prompts, **cache: model.draw_images(prompts, sampling=sampling, **cache)
 
 
 def make_emu3(hidden_size: int, num_layers: int) -> Drawer:
@@ -134,15 +134,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     result["decoder_parameters"] = {
         name: count_parameters(decoder_layers(model)) for name, (model, _) in models.items()
     }
+    rounds: dict[int, dict[str, Callable[[], object]]] = {}
     for batch_size in arguments.batch_sizes:
         prompts = torch.randint(FIRST_TEXT, TEXT_TOKENS, (batch_size, PROMPT_LENGTH))
         prompts[:, 0] = BOS
-        deeds: dict[str, Callable[[], object]] = {}
+        rounds[batch_size] = deeds = {}
         for name, (model, draw) in models.items():
             if (shape := draw(prompts).shape) != (batch_size, NUM_CODES):
                 raise RuntimeError(f"{name} drew {tuple(shape)} codes.")
             deeds[name] = partial(draw, prompts)
             deeds[f"{name}_floor"] = products_alone(record_products(model, deeds[name]))
+            if arguments.torch_compile and name == "cm3leon":
+                deeds[name] = partial(draw, prompts, cache_implementation="static")
+    if arguments.torch_compile:
+        models["cm3leon"][0].compile()
+    for batch_size, deeds in rounds.items():
         clocks = take_turns(deeds, arguments.num_repeats)
         target = {"janus": TARGETS[batch_size == 1]}
         result[f"batch_of_{batch_size}"] = found = {
@@ -159,6 +165,7 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--num_layers", type=int, default=8)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--torch_compile", action="store_true", help="Compiles CM3Leon, with a static cache.")
     parser.add_argument("--profile", action="store_true", help="Shows where CM3Leon's time goes.")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
