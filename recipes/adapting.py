@@ -28,13 +28,18 @@ class AdapterArguments:
         default_factory=list,
         metadata={"help": "Last names of layers that get adapters; none: all linear ones."},
     )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Last names of parts that are tuned whole beside them and saved with them, such as norms."},
+    )
 
     def __post_init__(self) -> None:
         """Refuses values out of range, and fields that nothing would read."""
         if self.lora_rank < 0:
             raise ValueError(f"`lora_rank`={self.lora_rank} must be at least 0.")
-        if self.lora_rank == 0 and (self.use_dora or self.lora_alpha is not None or self.lora_target_modules):
-            raise ValueError("`use_dora`, `lora_alpha` and `lora_target_modules` need a `lora_rank` above 0.")
+        names = ("use_dora", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
+        if self.lora_rank == 0 and (given := [name for name in names if getattr(self, name) not in (False, None, [])]):
+            raise ValueError(f"`{given[0]}`={getattr(self, given[0])} needs a `lora_rank` above 0.")
 
 
 def add_adapters(model: Any, arguments: AdapterArguments) -> PeftModel | None:
@@ -43,15 +48,25 @@ def add_adapters(model: Any, arguments: AdapterArguments) -> PeftModel | None:
     Args:
         model (`PreTrainedModel`): To be tuned. It stays what it is, with adapters in its layers.
         arguments (`AdapterArguments`): Of the recipe.
+
+    Raises:
+        ValueError: If the model has no part of a name that is given.
     """
     if arguments.lora_rank == 0:
         return None
+    names = [name for name, _ in model.named_modules()]
+    for part in arguments.lora_modules_to_save:
+        if not any(name.endswith(part) for name in names):
+            raise ValueError(
+                f"`lora_modules_to_save`: no part of {type(model).__name__} has a name that ends in {part!r}."
+            )
     settings = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
         lora_dropout=arguments.lora_dropout,
         use_dora=arguments.use_dora,
         target_modules=arguments.lora_target_modules or find_linear_layers(model),
+        modules_to_save=arguments.lora_modules_to_save or None,
     )
     return get_peft_model(model, settings)
 

@@ -128,9 +128,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(transfusion, tune, entri
     assert again[4] == whole[4]
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_adapters_alone_on_their_base_are_the_merged_model(use_dora, transfusion, tune):
-    folder = tune(transfusion, lora_rank=2, use_dora=use_dora, eval_steps=3)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_dora": True}, {"lora_modules_to_save": ["norm", "patch_in.projection"]}],
+    ids=["lora", "dora", "norms too"],
+)
+def test_adapters_alone_on_their_base_are_the_merged_model(fields, transfusion, tune):
+    folder = tune(transfusion, lora_rank=2, eval_steps=3, **fields)
     rename(folder / "adapter", {str(transfusion): "me/base"})  # as publishing does
     card = (folder / "adapter" / "README.md").read_text()
     assert 'from_pretrained("me/base"' in card and str(transfusion.parent) not in card
@@ -146,7 +150,9 @@ def test_adapters_alone_on_their_base_are_the_merged_model(use_dora, transfusion
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     assert (expected - plain).abs().max() > 1e-4
     kept = [name for name, weight in merged.state_dict().items() if torch.equal(weight, base[name])]
-    assert any("embed" in name for name in kept)  # what has no adapter stays as it was
+    assert any("embed_tokens" in name for name in kept)  # what has no adapter stays as it was
+    is_tuned = "lora_modules_to_save" in fields
+    assert all((name in kept) != is_tuned for name in base if "norm" in name or "patch_in.projection" in name)
 
 
 def test_adapters_reach_every_projection_of_a_model_of_codes(make_cm3leon):
@@ -187,7 +193,9 @@ def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
         ({"sources": ["nothing_known"]}, "'nothing_known' is unknown"),
         ({"source_shares": [1.0]}, "`source_shares` has 1 entries and `sources` 2"),
         ({"rehearsal_share": 1.0}, "`rehearsal_share`=1.0"),
-        ({"use_dora": True}, "need a `lora_rank` above 0"),
+        ({"use_dora": True}, "`use_dora`=True needs a `lora_rank` above 0"),
+        ({"lora_modules_to_save": ["norm"]}, "`lora_modules_to_save`=.* needs a `lora_rank` above 0"),
+        ({"lora_rank": 2, "lora_modules_to_save": ["nowhere"]}, "no part .* ends in 'nowhere'"),
         ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
     ],
 )
