@@ -5,12 +5,15 @@ transformers 5.23 does so for LoRA, but leaves out the sizes that DoRA tunes.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+from building import find_image_tokenizer
 
 
 ADAPTER = "adapter"
@@ -30,15 +33,19 @@ class AdapterArguments:
     )
     lora_modules_to_save: list[str] = field(
         default_factory=list,
-        metadata={"help": "Last names of parts that are tuned whole beside them and saved with them, such as norms."},
+        metadata={
+            "help": "Ends of names of parts that are tuned whole beside them and saved with them, such as norm."
+        },
     )
 
     def __post_init__(self) -> None:
         """Refuses values out of range, and fields that nothing would read."""
         if self.lora_rank < 0:
             raise ValueError(f"`lora_rank`={self.lora_rank} must be at least 0.")
-        names = ("use_dora", "lora_alpha", "lora_target_modules", "lora_modules_to_save")
-        if self.lora_rank == 0 and (given := [name for name in names if getattr(self, name) not in (False, None, [])]):
+        names = ("use_dora", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
+        if self.lora_rank == 0 and (
+            given := [name for name in names if getattr(self, name) not in (False, None, 0, [])]
+        ):
             raise ValueError(f"`{given[0]}`={getattr(self, given[0])} needs a `lora_rank` above 0.")
 
 
@@ -54,19 +61,13 @@ def add_adapters(model: Any, arguments: AdapterArguments) -> PeftModel | None:
     """
     if arguments.lora_rank == 0:
         return None
-    names = [name for name, _ in model.named_modules()]
-    for part in arguments.lora_modules_to_save:
-        if not any(name.endswith(part) for name in names):
-            raise ValueError(
-                f"`lora_modules_to_save`: no part of {type(model).__name__} has a name that ends in {part!r}."
-            )
     settings = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
         lora_dropout=arguments.lora_dropout,
         use_dora=arguments.use_dora,
         target_modules=arguments.lora_target_modules or find_linear_layers(model),
-        modules_to_save=arguments.lora_modules_to_save or None,
+        modules_to_save=find_parts(model, arguments.lora_modules_to_save) or None,
     )
     return get_peft_model(model, settings)
 
@@ -79,6 +80,23 @@ def find_linear_layers(model: Any) -> list[str]:
         if isinstance(module, nn.Linear) and ".layers." in name
     }
     return sorted(names)
+
+
+def find_parts(model: Any, ends: Sequence[str]) -> list[str]:
+    """Names the parts of a model whose names end so, but for those of its image tokenizer, which is never tuned.
+
+    Raises:
+        ValueError: If there is none for one of the ends.
+    """
+    tokenizer = find_image_tokenizer(model)
+    frozen = set() if tokenizer is None else set(tokenizer.modules())
+    names = [name for name, part in model.named_modules() if part not in frozen]
+    for end in ends:
+        if not any(name.endswith(end) for name in names):
+            raise ValueError(
+                f"`lora_modules_to_save`: no part of {type(model).__name__} has a name that ends in {end!r}."
+            )
+    return [name for name in names if name.endswith(tuple(ends))]
 
 
 def describe_adapters(model: Any) -> str:

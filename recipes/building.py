@@ -189,6 +189,24 @@ def find_image_tokenizer(model: Any) -> AutoencoderKL | VQModel | None:
     return next((module for module in model.modules() if isinstance(module, AutoencoderKL | VQModel)), None)
 
 
+def refuse_pixels(rows: Dataset, name: str) -> None:
+    """Refuses rows with pixels where they are read beside latents.
+
+    Args:
+        rows (`Dataset`): Encoded before, or documents of parts.
+        name (`str`): The recipe's name of them.
+
+    Raises:
+        ValueError: If a row has a picture that no VAE has encoded.
+    """
+    documents = rows["content"] if "content" in rows.column_names else ()
+    if "pixels" in rows.column_names or any(part["type"] == "image" for parts in documents for part in parts):
+        raise ValueError(
+            f"`dataset_name`={name!r} holds pixels, and the model reads latents of its VAE. Encode the pictures with "
+            "recipes/encode_images.py and that VAE as `image_tokenizer_name`, and name the folder."
+        )
+
+
 def refuse_unfit_rows(rows: Dataset, name: str, model: Any, *, field: str = "dataset_name") -> None:
     """Refuses rows whose images the model cannot read, or that another image tokenizer encoded than its own.
 

@@ -206,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     identity = {name: value for arguments in told for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
 
     config = load_config(model_args)
     spans = spans.for_objective(getattr(config, "objective", None))
@@ -245,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         facts = describe_run("pretrain.py", argv, accelerator, recipe, len(rows.pairs), progress)
         run_report.export(folder, facts, asdict(recipe) | identity, rows.caption_report)
 
-    push = HubPush(accelerator, recipe, export)
     train(
         accelerator,
         parts,
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=model.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate), push.every],
+        every=[(recipe.sample_steps, run_report.draw), (eval_steps, evaluate), push.every(export)],
     )
     export(output_dir)
     finish_run(accelerator, push, lambda: f"The finished model is in {output_dir}, after {progress.step} steps.")

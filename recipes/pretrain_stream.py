@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
 
     config = load_config(model_args)
     spans = spans.for_objective(getattr(config, "objective", None))
@@ -112,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         facts = describe_run("pretrain_stream.py", argv, accelerator, recipe, num_read, progress)
         run_report.export(folder, facts, asdict(recipe) | identity, "")
 
-    push = HubPush(accelerator, recipe, export)
     train(
         accelerator,
         parts,
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=model.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.sample_steps, run_report.draw), push.every],
+        every=[(recipe.sample_steps, run_report.draw), push.every(export)],
     )
     export(output_dir)
     finish_run(accelerator, push, lambda: f"The finished model is in {output_dir}, after {progress.step} steps.")

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,35 @@ class HubPush:
     Args:
         accelerator (`Accelerator`): Of the run.
         recipe (`TrainingRecipe`): With the folder, the Hub repo, and how often to save.
-        export (`Callable[[Path], Any]`): Writes the model as it stands into a folder; called by all processes.
 
     Raises:
         ValueError: If the repo holds something else.
         OSError: If the Hub is not reached, or the token wrong.
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: TrainingRecipe, export: Callable[[Path], Any]) -> None:
-        self.accelerator, self.recipe, self.export = accelerator, recipe, export
+    def __init__(self, accelerator: Accelerator, recipe: TrainingRecipe) -> None:
+        self.accelerator, self.recipe = accelerator, recipe
         self.folder = Path(recipe.output_dir) / PUSHED
         self.api, self._sender = HfApi(), threading.Thread()
         self._target = {"private": recipe.hub_private_repo, "revision": recipe.hub_revision}
         if recipe.push_to_hub is not None and accelerator.is_main_process:
             check_target(self.api, recipe.push_to_hub, **self._target)
 
-    @property
-    def every(self) -> tuple[int | None, Callable[[int], None]]:
-        """How often the training loop is to upload, and by what."""
-        return (None if self.recipe.push_to_hub is None else self.recipe.save_steps), self.push
+    def every(self, export: Callable[[Path], Any]) -> tuple[int | None, Callable[[int], None]]:
+        """How often the training loop is to upload, and by what.
 
-    def push(self, step: int) -> None:
+        Args:
+            export (`Callable[[Path], Any]`): Writes the model as it stands into a folder; called by all processes.
+        """
+        return (None if self.recipe.push_to_hub is None else self.recipe.save_steps), partial(self._push, export)
+
+    def _push(self, export: Callable[[Path], Any], step: int) -> None:
         """Exports the model and begins to upload it, unless an upload still runs; to be called by all processes."""
         (is_sending,) = broadcast_object_list([self._sender.is_alive()])
         if is_sending or step == self.recipe.max_steps:  # the finished model follows
             return
         try:
-            self.export(self.folder)
+            export(self.folder)
         except OSError as error:  # such as a full disk
             print(f"\nStep {step} is not exported to be uploaded; the next save tries again. {error}")
             return

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from datasets import Dataset
 from peft import PeftModel
 
 from adapting import ADAPTER, AdapterArguments, add_adapters, describe_adapters, merge_adapters
-from building import DocumentBatches, ModelArguments, build_model, load_config, refuse_unfit_rows
+from building import DocumentBatches, ModelArguments, build_model, load_config, refuse_pixels, refuse_unfit_rows
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.cm3_masking import SpanArguments
 from hf_mm.data.mixing import DocumentArguments, StepSampler
@@ -110,6 +111,16 @@ def share_out(sources: Sequence[TaskSourceRows], arguments: SourceArguments) -> 
     return {name: share * tuned for name, share in shares.items()} | {REHEARSAL: arguments.rehearsal_share}
 
 
+def open_rehearsed(arguments: DatasetArguments, model: Any, documents: DocumentBatches, seed: int) -> Dataset:
+    """Opens the pairs of pretraining and refuses, before anything is encoded, what the model cannot read."""
+    pairs = open_rows(arguments, image_size=model.config.image_size, seed=seed)
+    if "image" not in pairs.column_names:  # encoded before the run, or documents of parts
+        refuse_unfit_rows(pairs, arguments.dataset_name, model)
+        if documents.encodes_pictures:
+            refuse_pixels(pairs, arguments.dataset_name)
+    return pairs
+
+
 def build_batches(
     rows: TaskRows,
     shares: dict[str, float],
@@ -164,23 +175,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ValueError("`model_name_or_path` is not given. Name the pretrained checkpoint to tune.")
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
 
     config = load_config(model_args)
-    spans = spans.for_objective(getattr(config, "objective", None))
+    objective = getattr(config, "objective", None)
+    spans = spans.for_objective(objective)
     identity |= asdict(spans)
     model, processor = build_model(model_args, config, None)
     if tuning.edit_template is not None:
         processor.edit_template = tuning.edit_template
     documents = DocumentBatches(model, processor, document_args, spans, caption_args.form_weights(), None)
-    fills_in = getattr(config, "objective", None) == "cm3"
-    documents.fill_tasks(TaskContent(task_args, puts_answer_last=not fills_in))
+    documents.fill_tasks(TaskContent.for_objective(task_args, objective))
     with accelerator.main_process_first():
         opened = [open_source(spec, source_args, config.image_size, recipe.seed) for spec in source_args.sources]
         pairs = None
         if source_args.rehearsal_share:
-            pairs = open_rows(data_args, image_size=config.image_size, seed=recipe.seed)
-            if "image" not in pairs.column_names:  # encoded before the run
-                refuse_unfit_rows(pairs, data_args.dataset_name, model)
+            pairs = open_rehearsed(data_args, model, documents, recipe.seed)
             pairs, _ = prepare_rows(pairs, data_args, caption_args, processor.tokenizer, documents.limit)
     sources = encode_all(opened, pairs, model, documents, recipe, accelerator)
     shares, rows = share_out(sources, source_args), TaskRows(sources)
@@ -198,7 +208,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tasks = TaskReport(run_report, opened, tuning.num_samples, recipe.seed)
     describe = partial(describe_run, "sft.py", argv, accelerator, recipe, len(rows), progress)
     export = build_export(run_report, adapted, describe, asdict(recipe) | identity, told)
-    push = HubPush(accelerator, recipe, export)
     if first_step == 0 and tuning.reports_start:
         tasks.report(0)
     train(
@@ -209,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=model.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(recipe.eval_steps, tasks.report), push.every],
+        every=[(recipe.eval_steps, tasks.report), push.every(export)],
     )
     export(output_dir)
     finish_run(accelerator, push, lambda: f"The finished model is in {output_dir}, after {progress.step} steps.")

@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     clip_args, data_args, caption_args, recipe = parse_recipe(*ARGUMENTS, argv=argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
     config = load_clip_config(clip_args)
     side = config.vision_config.image_size
     with accelerator.main_process_first():
@@ -210,7 +211,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         facts = describe_run("train_clip.py", argv, accelerator, recipe, len(rows), progress)
         return shown.export(folder, facts, asdict(recipe) | identity, told)
 
-    push = HubPush(accelerator, recipe, export)
     train(
         accelerator,
         parts,
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         every=[
             (recipe.sample_steps, shown.draw),
             (recipe.eval_steps if clip_args.eval_dataset_split else None, shown.evaluate),
-            push.every,
+            push.every(export),
         ],
         loss_parts=LOSS_PARTS,
     )

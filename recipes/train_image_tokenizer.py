@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments, data_args, caption_args, recipe = read_recipe(argv)
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
+    push = HubPush(accelerator, recipe)
     tokenizer = build_image_tokenizer(arguments)
     latent_shape = find_latent_shape(tokenizer, arguments.image_size)
     with accelerator.main_process_first():
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     describe = partial(describe_tokenizer, tokenizer=tokenizer, find_facts=facts, **told)
     num_pictures = min(arguments.num_scale_images, len(rows))
     save = partial(export, tokenizer, parts, pictures, num_pictures, describe=describe)
-    push = HubPush(accelerator, recipe, lambda folder: save(folder) if accelerator.is_main_process else None)
+    push_every = push.every(lambda folder: save(folder) if accelerator.is_main_process else None)
     revival_steps, upkeep = build_upkeep(arguments, trainer, parts, pictures, progress, recipe.seed)
     if first_step == 0:
         upkeep(0)
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         count_targets=ImageTokenizerTrainer.count_targets,
         save=checkpoints.save,
         progress=progress,
-        every=[(revival_steps, upkeep), (recipe.sample_steps, draw), push.every],
+        every=[(revival_steps, upkeep), (recipe.sample_steps, draw), push_every],
         loss_parts=LOSS_PARTS,
     )
     finish_run(accelerator, push, lambda: save(output_dir))

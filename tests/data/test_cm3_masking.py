@@ -224,10 +224,11 @@ def test_causal_documents_have_no_spans_and_others_the_mean_of_cm3():
     assert SpanArguments(mean_spans=0).for_objective("causal").mean_spans == 0
 
 
+@pytest.mark.parametrize("objective", ["causal", None])
 @pytest.mark.parametrize(("field", "value"), [("mean_spans", 0.7), ("max_spans", 5), ("whole_segment_share", 0.2)])
-def test_spans_that_causal_documents_do_not_have_are_refused(field, value):
-    with pytest.raises(ValueError, match=f"`{field}`={value}, but the model has `objective`='causal'"):
-        SpanArguments(**{field: value}).for_objective("causal")
+def test_spans_that_documents_do_not_have_are_refused(field, value, objective):
+    with pytest.raises(ValueError, match=f"`{field}`={value}, but the model has `objective`={objective!r}"):
+        SpanArguments(**{field: value}).for_objective(objective)
 
 
 @pytest.mark.parametrize(

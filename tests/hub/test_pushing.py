@@ -54,7 +54,8 @@ def make_push(hub, exported, tmp_path, monkeypatch):
 
     def make(**fields):
         recipe = TrainingRecipe(output_dir=str(tmp_path / "run"), max_steps=9, save_steps=3, **fields)
-        return HubPush(Accelerator(cpu=True), recipe, export), numbers
+        push = HubPush(Accelerator(cpu=True), recipe)
+        return push, push.every(export), numbers
 
     return make
 
@@ -65,10 +66,9 @@ def wait(push):
 
 
 def test_a_save_is_uploaded_in_the_background_as_a_whole_model(hub, make_push, capsys):
-    push, _ = make_push(push_to_hub=NAME, hub_private_repo=True, hub_revision="v1")
-    period, action = push.every
+    push, (period, push_step), _ = make_push(push_to_hub=NAME, hub_private_repo=True, hub_revision="v1")
     assert period == 3
-    action(3)
+    push_step(3)
     wait(push)
     files = hub.files(NAME, "v1")
     assert {"model.safetensors", "model/from_root.py", "README.md", "number.txt"} <= files.keys()
@@ -77,51 +77,48 @@ def test_a_save_is_uploaded_in_the_background_as_a_whole_model(hub, make_push, c
 
 
 def test_there_are_never_two_uploads_at_a_time_and_none_at_the_last_step(hub, make_push):
-    push, numbers = make_push(push_to_hub=NAME)
+    push, (_, push_step), numbers = make_push(push_to_hub=NAME)
     with hub.lock:  # no answer comes
-        push.push(3)
-        push.push(6)
+        push_step(3)
+        push_step(6)
         assert push._sender.is_alive() and numbers == [0]
     wait(push)
-    push.push(9)  # the finished model follows
+    push_step(9)  # the finished model follows
     assert numbers == [0]
-    push.push(6)
+    push_step(6)
     wait(push)
     assert hub.files(NAME)["number.txt"] == b"1"
 
 
 def test_a_lost_hub_only_warns_and_the_next_save_tries_again(hub, make_push, capsys):
-    push, _ = make_push(push_to_hub=NAME)
+    push, (_, push_step), _ = make_push(push_to_hub=NAME)
     hub.refused = {"/commit/": 503}
-    push.push(3)
+    push_step(3)
     wait(push)
     assert "Step 3 is not uploaded; the next save tries again." in capsys.readouterr().out
     hub.refused = {}
-    push.push(6)
+    push_step(6)
     wait(push)
     assert hub.files(NAME)["number.txt"] == b"1"
 
 
 def test_a_disk_without_room_for_the_export_only_warns(hub, make_push, capsys):
-    push, _ = make_push(push_to_hub=NAME)
-    export = push.export
+    push, (_, push_step), _ = make_push(push_to_hub=NAME)
 
     def fail(folder):
         raise OSError(28, "No space left on device")
 
-    push.export = fail
-    push.push(3)
+    push.every(fail)[1](3)
     assert "Step 3 is not exported to be uploaded; the next save tries again. [Errno 28]" in capsys.readouterr().out
-    push.export = export
-    push.push(6)
+    push_step(6)
     wait(push)
     assert hub.files(NAME)["number.txt"] == b"0"
 
 
 def test_the_end_publishes_what_is_finished_and_says_where_or_how_to_try_again(hub, make_push, exported, not_checked):
-    push, _ = make_push(push_to_hub=NAME)
+    push, (_, push_step), _ = make_push(push_to_hub=NAME)
     shutil.copytree(exported, push.recipe.output_dir)
-    push.push(6)
+    push_step(6)
     hub.refused = {"/commit/": 503}
     with pytest.raises(SystemExit, match="recipes/publish.py --model_name_or_path .*run --repo_id me/run"):
         push.finish()
@@ -141,8 +138,8 @@ def test_what_would_be_refused_at_the_end_is_refused_at_the_start(hub, make_push
 
 
 def test_without_a_repo_nothing_is_asked(hub, make_push):
-    push, numbers = make_push()
-    assert push.every[0] is None and push.finish() is None
+    push, (period, _), numbers = make_push()
+    assert period is None and push.finish() is None
     assert not hub.requests and not numbers
 
 

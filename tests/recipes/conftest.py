@@ -120,10 +120,10 @@ def save_vq(tmp_path: Path):
 def encode(tmp_path: Path):
     """Encodes embedded scenes into a folder."""
 
-    def make(folder: str, tokenizer: Path, **fields: object) -> Path:
+    def make(folder: str, tokenizer: Path | None, **fields: object) -> Path:
         fields = {"num_scenes": 23, "image_size": 16, "num_shards": 2, "output_dir": tmp_path / folder, **fields}
-        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        return encode_images.main([*words, "--image_tokenizer_name", str(tokenizer)])
+        fields |= {} if tokenizer is None else {"image_tokenizer_name": tokenizer}
+        return encode_images.main([word for name, value in fields.items() for word in (f"--{name}", str(value))])
 
     return make
 

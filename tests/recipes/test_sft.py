@@ -42,7 +42,6 @@ def tune(tmp_path: Path):
             "per_device_train_batch_size": 4,
             "learning_rate": 0.01,
             "logging_steps": 1,
-            "max_spans": 1,
             "mixed_precision": "no",
             "report_to": "none",
             "output_dir": tmp_path / folder,
@@ -84,7 +83,7 @@ def test_tuning_leaves_a_model_its_scores_and_pictures_of_its_tasks(transfusion,
 
 def test_models_of_codes_are_tuned_on_codes_of_their_own_tokenizer(run, codes, tune):
     base = run("base", max_steps=1, **codes)
-    folder = tune(base, eval_steps=2, reports_start=False, answer_masking_share=0.8)
+    folder = tune(base, eval_steps=2, reports_start=False, answer_masking_share=0.8, max_spans=1)
     manifest = json.loads((folder / "encoded" / "00-edit" / "manifest.json").read_text())
     assert list(manifest["columns"]) == ["codes"] and manifest["num_rows"] == 80
     assert "step 2" in (folder / "tasks.md").read_text()
@@ -164,6 +163,35 @@ def test_adapters_reach_every_projection_of_a_model_of_codes(make_cm3leon):
     assert len(parts) == 6 and all("default" in part.lora_A for part in parts)
 
 
+def test_parts_that_are_tuned_whole_are_none_of_the_image_tokenizer(run, latents, tune):
+    base = run("base", max_steps=1, **latents)
+    folder = tune(
+        base, dataset_name=latents["dataset_name"], lora_rank=2, lora_modules_to_save=["norm"], ema_decay=0.9
+    )
+    before, after = weights_of(base), weights_of(folder)
+    norms = [name for name in before if "norm" in name]
+    assert any(name.startswith("model.vae.") and ".group_norm." in name for name in norms)
+    for name in norms:
+        assert torch.equal(before[name], after[name]) == name.startswith("model.vae.")
+
+
+@pytest.mark.parametrize("kind", ["pixels", "documents"])
+def test_rehearsed_pictures_that_no_vae_encoded_are_refused(kind, run, latents, tune, encode, tmp_path):
+    base = run("base", max_steps=1, **latents)
+    if kind == "pixels":
+        rows = encode("pixels", None)
+    else:
+        parts = [
+            {"type": "text", "text": "a red star", "image": None},
+            {"type": "image", "text": None, "image": Image.new("RGB", (16, 16))},
+        ]
+        rows = tmp_path / "documents"
+        Dataset.from_dict({"content": [parts] * 12}).save_to_disk(rows)
+    with pytest.raises(ValueError, match="holds pixels, and the model reads latents of its VAE"):
+        tune(base, dataset_name=rows)
+    assert not (tmp_path / "tuned" / "encoded").exists()
+
+
 def test_own_edits_and_conversations_are_tuned_on(transfusion, tune, tmp_path):
     red, blue = (Image.new("RGB", (20, 16), color) for color in ("red", "blue"))
     edits = {"input_image": [red] * 12, "instruction": ["make it blue"] * 12, "image": [blue] * 12}
@@ -195,6 +223,9 @@ def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
         ({"rehearsal_share": 1.0}, "`rehearsal_share`=1.0"),
         ({"use_dora": True}, "`use_dora`=True needs a `lora_rank` above 0"),
         ({"lora_modules_to_save": ["norm"]}, "`lora_modules_to_save`=.* needs a `lora_rank` above 0"),
+        ({"lora_dropout": 0.1}, "`lora_dropout`=0.1 needs a `lora_rank` above 0"),
+        ({"answer_masking_share": 0.8}, "`answer_masking_share`=0.8, but the model has `objective`=None"),
+        ({"whole_segment_share": 0.2}, "`whole_segment_share`=0.2, but the model has `objective`=None"),
         ({"lora_rank": 2, "lora_modules_to_save": ["nowhere"]}, "no part .* ends in 'nowhere'"),
         ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
     ],

@@ -71,14 +71,14 @@ class SpanArguments:
             objective (`str`, *optional*): `"cm3"` or `"causal"`; none for models that read no codes.
 
         Raises:
-            ValueError: If spans are asked of causal documents, or are described that these do not have.
+            ValueError: If spans are asked of, or described for, documents that have none.
         """
         names = ("max_spans", "whole_segment_share")
         unread = {"mean_spans": 0.0, **{name: getattr(SpanArguments, name) for name in names}}
         for name, default in unread.items():
-            if objective == "causal" and getattr(self, name) not in (default, None):
+            if objective != "cm3" and getattr(self, name) not in (default, None):
                 raise ValueError(
-                    f"`{name}`={getattr(self, name)}, but the model has `objective`='causal', documents without "
+                    f"`{name}`={getattr(self, name)}, but the model has `objective`={objective!r}, documents without "
                     "spans. Leave it out, or train a model with `objective`='cm3'."
                 )
         default = 0.0 if objective == "causal" else 1.0

@@ -151,6 +151,25 @@ class TaskContent:
     arguments: TaskArguments
     puts_answer_last: bool
 
+    @classmethod
+    def for_objective(cls, arguments: TaskArguments, objective: str | None) -> "TaskContent":
+        """Lays documents out for an objective.
+
+        Args:
+            arguments ([`TaskArguments`]): Of the recipe.
+            objective (`str`, *optional*): `"cm3"` or `"causal"`; none for models that read no codes.
+
+        Raises:
+            ValueError: If answers are to be masked in documents without spans.
+        """
+        share = arguments.answer_masking_share
+        if objective != "cm3" and share != TaskArguments.answer_masking_share:
+            raise ValueError(
+                f"`answer_masking_share`={share}, but the model has `objective`={objective!r}, documents without "
+                "spans. Leave it out, or tune a model with `objective`='cm3'."
+            )
+        return cls(arguments, puts_answer_last=objective != "cm3")
+
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> list[Part]:
         """Returns the parts of a document, pictures with their arrays."""
         if row[TASK] is None:
