@@ -7,9 +7,11 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
+import encode_images
 import pretrain
 import sft
 import train_clip
+import train_image_tokenizer
 from building import ModelArguments, load_config
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.sources import DatasetArguments
@@ -148,13 +150,44 @@ def test_small_models_are_as_large_as_their_recipes_say(name, millions):
     assert millions[0] < sum(weight.numel() for weight in model.parameters()) / 1e6 < millions[1]
 
 
-@pytest.mark.parametrize("name", ["tiny", "icons"])
-def test_small_recipes_run(name, tmp_path, monkeypatch):
+SHORT = "--max_steps 2 --warmup_steps 1 --per_device_train_batch_size 3 --report_to none".split()
+
+
+def test_the_tiny_recipe_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = "--num_scenes 9 --max_steps 2 --warmup_steps 1 --per_device_train_batch_size 3 --num_samples 1 --report_to none"
-    config = f"--config=recipes/configs/transfusion_{name}_pretrain.yaml"
-    folder = pretrain.main([config, f"--output_dir={tmp_path}", "--num_eval_documents", "2", *words.split()])
+    words = [f"--output_dir={tmp_path}", *"--num_scenes 9 --num_eval_documents 2 --num_samples 1".split(), *SHORT]
+    folder = pretrain.main(["--config=recipes/configs/transfusion_tiny_pretrain.yaml", *words])
     assert (folder / "samples.png").exists() and (folder / "model.safetensors").exists()
+
+
+def test_the_recipes_of_icons_run_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    vae, latents = (f"{tmp_path}/{name}" for name in ("vae", "latents"))
+    scenes, own = "--num_scenes 23".split(), ["--image_tokenizer_name", vae]
+    words = [f"--output_dir={vae}", *scenes, *"--num_scale_images 8".split(), *SHORT]
+    train_image_tokenizer.main(["--config=recipes/configs/vae_64px.yaml", *words])
+    words = [
+        f"--output_dir={latents}",
+        *scenes,
+        *"--dataset_name icon_scenes:icons --image_size 64 --patch_size 4".split(),
+    ]
+    encode_images.main([*words, *own])
+    words = [
+        f"--output_dir={tmp_path}/base",
+        "--dataset_name",
+        latents,
+        *own,
+        *"--torch_compile false".split(),
+        *SHORT,
+    ]
+    samples = "--num_eval_documents 2 --num_samples 1".split()
+    base = pretrain.main(["--config=recipes/configs/transfusion_icons_pretrain.yaml", *words, *samples])
+    assert (base / "samples.png").exists() and (base / "model.safetensors").exists()
+    tasks = "--num_task_scenes 20 --num_eval_rows 2 --num_samples 1 --reports_start false --eval_steps 2".split()
+    words = [f"--output_dir={tmp_path}/tuned", "--model_name_or_path", str(base), "--dataset_name", latents]
+    words += ["--torch_compile", "false"]
+    tuned = sft.main(["--config=recipes/configs/transfusion_icons_sft.yaml", *words, *tasks, *SHORT])
+    assert "step 2" in (tuned / "tasks.md").read_text() and (tuned / "model.safetensors").exists()
 
 
 def test_an_override_of_the_patch_size_changes_what_follows_from_it():
