@@ -22,12 +22,12 @@ from hf_mm.training.checkpoint import list_checkpoints
 PACKED = {"window_length": 200, "ema_decay": 0.9, "caption_dropout": 0.3, "image_first_share": 0.5}
 
 
-def assert_alike(first: dict, second: dict) -> None:
+def assert_alike(first: dict, second: dict, tolerance: float = 1e-6) -> None:
     """Compares losses, and gradients before they are clipped: AdamW forgives a wrong scale."""
     assert first.keys() == second.keys()
     for name in ("loss", "text_loss", "image_loss", "grad_norm"):
         apart = [abs(first[step][name] / second[step][name] - 1) for step in sorted(first)]
-        assert max(apart[:2]) < 1e-6 and max(apart) < 1e-4, name
+        assert max(apart[:2]) < tolerance and max(apart) < 1e-4, name
 
 
 def test_a_run_leaves_a_folder_that_every_door_opens(run, tmp_path):
@@ -137,7 +137,7 @@ def test_two_processes_with_half_the_batch_each_equal_one(
     [newest] = list_checkpoints(tmp_path / "two")
     assert len(list(newest.glob("random_states_*.pkl"))) == 2  # each process saved its own
     two = entries(tmp_path / "two")
-    assert_alike(whole, two)
+    assert_alike(whole, two, tolerance=1e-5 if torch_compile else 1e-6)  # fused operations round otherwise
     assert two[6]["num_images_seen"] == whole[6]["num_images_seen"]
 
 
