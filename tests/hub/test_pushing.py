@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard
 from micro_run import MICRO_MODEL, MICRO_RUN
 
 import pretrain
+import pretrain_stream
+import sft
 import train_clip
 import train_image_tokenizer
 from hf_mm.training.recipe import TrainingRecipe
@@ -135,6 +137,17 @@ def test_what_would_be_refused_at_the_end_is_refused_at_the_start(hub, make_push
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(PermissionError, match="hf auth login"):
         make_push(push_to_hub="me/new")
+
+
+@pytest.mark.parametrize("recipe", [pretrain, pretrain_stream, sft, train_clip, train_image_tokenizer])
+def test_the_hub_is_asked_before_a_run_prepares_anything(recipe, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    words = f"--output_dir {tmp_path}/run --push_to_hub me/new --dataset_name {tmp_path}/nowhere --max_steps 1"
+    model = "--config_name nowhere.json" if recipe is not train_image_tokenizer else ""
+    model = "--model_name_or_path nowhere --sources edit@icon_scenes:shapes" if recipe is sft else model
+    with pytest.raises(PermissionError, match="hf auth login"):
+        recipe.main([*words.split(), *model.split()])
 
 
 def test_without_a_repo_nothing_is_asked(hub, make_push):
