@@ -174,9 +174,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         num_processes=accelerator.num_processes,
         first_step=first_step,
     )
-    loader = DataLoader(
-        pictures, batch_sampler=sampler, num_workers=recipe.dataloader_num_workers, generator=torch.Generator()
-    )
+    workers = recipe.dataloader_num_workers
+    loader = DataLoader(pictures, batch_sampler=sampler, num_workers=workers, generator=torch.Generator())
 
     def draw(step: int) -> None:
         if accelerator.is_main_process:
