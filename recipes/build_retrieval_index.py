@@ -31,7 +31,7 @@ from hf_mm.data.retrieval_source import RowSource, note_source
 from hf_mm.data.retrieval_strategy import RetrievalStrategy
 from hf_mm.data.retrieval_vectors import VectorFolder, embed_rows
 from hf_mm.data.sources import DatasetArguments
-from hf_mm.training.recipe import parse_recipe
+from hf_mm.training.recipe import end_processes, parse_recipe
 
 
 @dataclass
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         note_source(folder, memory_source, arguments.clip_name)
         print(describe(folder / NEIGHBORS))
         print(f"Neighbours of {len(rows)} rows among {len(memory_rows)} are in {folder / NEIGHBORS}.")
-    state.destroy_process_group()
+    end_processes(state)
     return folder
 
 

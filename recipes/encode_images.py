@@ -33,7 +33,7 @@ from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.text_tokenizer import load_text_tokenizer
 from hf_mm.training.image_tokenizer_arguments import find_latent_shape
 from hf_mm.training.image_tokenizer_codecs import find_codes, measure_latent_scale
-from hf_mm.training.recipe import parse_recipe
+from hf_mm.training.recipe import end_processes, parse_recipe
 
 
 @dataclass
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         num_processes=state.num_processes,
     )
     state.wait_for_everyone()
-    state.destroy_process_group()
+    end_processes(state)
     return output_dir
 
 

@@ -14,6 +14,7 @@ from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import TrainingParts, prepare_training
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
+from hf_mm.training.trackers import end_training
 
 
 VOCABULARY, WIDTH, LENGTH = 13, 7, 5
@@ -137,7 +138,7 @@ def main() -> None:
     if accelerator.is_main_process:
         weights = accelerator.unwrap_model(parts.model).state_dict()
         torch.save({"weights": weights, "num_processes": accelerator.num_processes}, f"{recipe.output_dir}/end.pt")
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

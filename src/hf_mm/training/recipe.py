@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import reprlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,3 +340,17 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     if accelerator.is_fsdp2:
         _choose_sharded_precision(accelerator.state.fsdp_plugin)
     return accelerator
+
+
+def end_processes(state: PartialState) -> None:
+    """Ends the group of processes, if there are several. To be called by all.
+
+    Gloo's group, when it is freed, waits for its thread and holds the interpreter's lock meanwhile; the thread may
+    still want that lock to free what the last barrier left, and then neither goes on. So it gets it before.
+
+    Args:
+        state (`PartialState`): Of these processes.
+    """
+    if state.num_processes > 1:
+        time.sleep(0.2)
+    state.destroy_process_group()

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+
+from .recipe import end_processes
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def end_training(accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers:
         _attempt(tracker, "could not be closed", tracker.finish)
     accelerator.trackers.clear()
-    accelerator.end_training()
+    end_processes(PartialState())
 
 
 def _attempt(tracker: Any, fault: str, action: Callable[[], Any]) -> None:
