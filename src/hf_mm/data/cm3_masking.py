@@ -8,11 +8,12 @@ moves, and neither text nor images.
 # Axes: L tokens of a document, S segments, n spans.
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 from math import exp, factorial
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,14 +76,28 @@ class SpanArguments:
         """
         names = ("max_spans", "whole_segment_share")
         unread = {"mean_spans": 0.0, **{name: getattr(SpanArguments, name) for name in names}}
-        for name, default in unread.items():
-            if objective != "cm3" and getattr(self, name) not in (default, None):
-                raise ValueError(
-                    f"`{name}`={getattr(self, name)}, but the model has `objective`={objective!r}, documents without "
-                    "spans. Leave it out, or train a model with `objective`='cm3'."
-                )
+        refuse_unread(self, unread, objective)
         default = 0.0 if objective == "causal" else 1.0
         return replace(self, mean_spans=default if self.mean_spans is None else self.mean_spans)
+
+
+def refuse_unread(arguments: Any, unread: Mapping[str, Any], objective: str | None) -> None:
+    """Refuses fields about spans where documents have none.
+
+    Args:
+        arguments (`SpanArguments` or `TaskArguments`): Of the recipe.
+        unread (`Mapping[str, Any]`): Names of those fields, and the values that ask for nothing, as None does.
+        objective (`str`, *optional*): Of the model, as for `SpanArguments.for_objective`.
+
+    Raises:
+        ValueError: If one of them has another value and the objective is not `"cm3"`.
+    """
+    for name, default in unread.items():
+        if objective != "cm3" and getattr(arguments, name) not in (default, None):
+            raise ValueError(
+                f"`{name}`={getattr(arguments, name)}, but the model has `objective`={objective!r}, documents without "
+                "spans. Leave it out, or train a model with `objective`='cm3'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from .cm3_masking import refuse_unread
 from .formats import RowError
 from .task_templates import Task, answer_last, conversation_parts, fill_template, fitting_templates
 
@@ -162,12 +163,7 @@ class TaskContent:
         Raises:
             ValueError: If answers are to be masked in documents without spans.
         """
-        share = arguments.answer_masking_share
-        if objective != "cm3" and share != TaskArguments.answer_masking_share:
-            raise ValueError(
-                f"`answer_masking_share`={share}, but the model has `objective`={objective!r}, documents without "
-                "spans. Leave it out, or tune a model with `objective`='cm3'."
-            )
+        refuse_unread(arguments, {"answer_masking_share": TaskArguments.answer_masking_share}, objective)
         return cls(arguments, puts_answer_last=objective != "cm3")
 
     def __call__(self, row: Mapping[str, Any], generator: torch.Generator) -> list[Part]:
