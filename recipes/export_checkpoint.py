@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tokenizer = find_text_tokenizer(model_args, None, run_dir, Accelerator(cpu=True))  # there is one: nothing is read
     model, processor = build_model(model_args, config, tokenizer)
     is_averaged = load_consolidated(checkpoint, model)
+    if identity.get("edit_template") is not None:  # a tuning's own
+        processor.edit_template = identity["edit_template"]
 
     recipe = {"push_to_hub": None, **asdict(model_args), **identity}
     facts = {

@@ -29,7 +29,7 @@ from hf_mm.data.cm3_masking import SpanArguments
 from hf_mm.data.mixing import DocumentArguments, StepSampler
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.task_documents import TaskArguments, TaskContent, TaskRows, TaskSourceRows
-from hf_mm.data.tasks import mixture_weights
+from hf_mm.data.tasks import WEIGHT_CLIP, mixture_weights
 from hf_mm.training.checkpoint import Checkpoints
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import prepare_training
@@ -100,11 +100,10 @@ def encode_all(
 
 
 def share_out(sources: Sequence[TaskSourceRows], arguments: SourceArguments) -> dict[str, float]:
-    """Returns the share of each source in what is read: clipped (App. E), that of rehearsal as it was asked for."""
+    """Returns the share of each source in what is read: within bounds (Sec. 4) but for that of rehearsal."""
     num_rows = {source.name: len(source.rows) for source in sources if source.name != REHEARSAL}
     asked = dict(zip(arguments.sources, arguments.source_shares, strict=True)) if arguments.source_shares else None
-    clip = (0.3, 3.0) if arguments.clips_shares else (0.0, float("inf"))
-    shares = mixture_weights(num_rows, asked, clip=clip)
+    shares = mixture_weights(num_rows, asked, clip=WEIGHT_CLIP if arguments.clips_shares else None)
     if len(num_rows) == len(sources):
         return shares
     tuned = 1 - arguments.rehearsal_share

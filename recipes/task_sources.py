@@ -56,8 +56,8 @@ class SourceArguments:
     source_shares: list[float] = field(
         default_factory=list,
         metadata={
-            "help": "Shares of the sources in what is read; none: by their rows. Each source is read at most 3 and at "
-            "least 0.3 times as often as by its rows (App. E)."
+            "help": "Shares of the sources in what is read; none: alike. Each source is read at most 3 and at least "
+            "0.3 times as often as by its rows (CM3Leon, Sec. 4)."
         },
     )
     clips_shares: bool = field(default=True, metadata={"help": "Whether shares are held within these bounds."})

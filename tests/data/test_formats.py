@@ -134,6 +134,13 @@ def test_saved_datasets_load(tmp_path: Path, streaming: bool) -> None:
         assert widths_and_texts(rows) == WANTED
     with pytest.raises(ValueError, match=r"`split`='train' is not in .*\['dev'\]"):
         load_rows(tmp_path / "several")
+    with pytest.raises(ValueError, match=r"`split`='validation' is not in .*\['train'\]"):
+        load_rows(tmp_path / "one", split="validation")
+    with pytest.raises(ValueError, match="`config_name`='large'.* has no configurations"):
+        load_rows(tmp_path / "one", config_name="large")
+    columns = {"image_column": "photo", "text_column": "caption", "streaming": streaming}
+    assert widths_and_texts(load_rows(tmp_path / "one", split="train[1:]", **columns)) == WANTED[1:]
+    assert widths_and_texts(load_rows(tmp_path / "several", split="dev[:1]+dev", **columns)) == [WANTED[0], *WANTED]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

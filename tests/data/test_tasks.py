@@ -473,6 +473,9 @@ def test_a_wish_within_the_clip_is_granted_and_rows_alone_are_proportional() -> 
     assert mixture_weights({"a": 30, "b": 70}, {"a": 30, "b": 70}) == pytest.approx({"a": 0.3, "b": 0.7})
     assert mixture_weights({"a": 30, "b": 70}, clip=(1, 1)) == pytest.approx({"a": 0.3, "b": 0.7})
     assert mixture_weights({"a": 3}) == {"a": 1}
+    assert mixture_weights({"a": 1, "b": 999}) == pytest.approx({"a": 0.003, "b": 0.997})
+    assert mixture_weights({"a": 1, "b": 999}, clip=None) == {"a": 0.5, "b": 0.5}
+    assert mixture_weights({"a": 1, "b": 999}, {"a": 3, "b": 1}, clip=None) == {"a": 0.75, "b": 0.25}
 
 
 @pytest.mark.parametrize(

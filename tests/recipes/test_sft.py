@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+import export_checkpoint
 import sft
 from adapting import AdapterArguments, add_adapters
 from hf_mm.cards import rename
@@ -79,6 +80,22 @@ def test_tuning_leaves_a_model_its_scores_and_pictures_of_its_tasks(transfusion,
     assert pipe("make it blue", image=Image.new("RGB", (16, 16))).images[0].size == (16, 16)
     before, after = weights_of(transfusion), weights_of(folder)
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_of_a_tuning_is_exported_with_its_template(transfusion, tune, tmp_path):
+    folder = tune(transfusion, edit_template="{prompt}<image>", reports_start=False, num_samples=1)
+    words = ["--checkpoint", str(folder / "checkpoint-2"), "--output_dir", str(tmp_path / "exported")]
+    templates = [
+        AutoProcessor.from_pretrained(place).edit_template for place in (folder, export_checkpoint.main(words))
+    ]
+    assert templates == ["{prompt}<image>"] * 2
+
+
+def test_shares_are_those_asked_for_where_they_are_not_clipped(transfusion, tune):
+    shares = {"source_shares": [0.05, 0.95], "rehearsal_share": 0.0, "reports_start": False, "num_samples": 1}
+    for is_clipped, told in ((True, ("15.0%", "85.0%")), (False, ("5.0%", "95.0%"))):
+        folder = tune(transfusion, f"clipped_{is_clipped}", clips_shares=is_clipped, max_steps=1, **shares)
+        assert all(f"| 40 | {share} |" in (folder / "README.md").read_text() for share in told)
 
 
 def test_models_of_codes_are_tuned_on_codes_of_their_own_tokenizer(run, codes, tune):

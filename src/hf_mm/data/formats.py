@@ -22,6 +22,7 @@ from datasets import (
     Image,
     IterableDataset,
     List,
+    ReadInstruction,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -116,13 +117,17 @@ def open_source(
     """Opens a source of rows of any format under the column names it has, see [`load_rows`] for the sources.
 
     Raises:
-        ValueError: If its files cannot be read as what their names say, or hold no rows.
+        ValueError: If its files cannot be read as what their names say, hold no rows or not that split, or have no
+            configurations and one is named.
     """
     path = Path(source)
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+    is_saved = path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists())
+    if config_name is not None and (is_saved or path.suffix in FILE_FORMATS):
+        raise ValueError(f"`config_name`={config_name!r}: {str(source)!r} has no configurations. Leave it out.")
+    if is_saved:
         return _open_saved(path, split, streaming)
     if path.is_dir():
-        rows = _read_files(source, str(path), split=split, streaming=streaming)
+        rows = _read_files(source, str(path), name=config_name, split=split, streaming=streaming)
     elif path.suffix in FILE_FORMATS:
         name = re.match(r"\w+", split)
         if name is None:
@@ -317,7 +322,7 @@ def _read_files(source: str | os.PathLike, builder: str, **options: Any) -> Rows
 
 
 def _open_saved(path: Path, split: str, streaming: bool) -> Rows:
-    """Opens a folder made with `save_to_disk`."""
+    """Opens splits of a folder made with `save_to_disk`; rows saved without are those of "train"."""
     try:
         saved = load_from_disk(str(path))
     except (IndexError, KeyError, TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -325,11 +330,14 @@ def _open_saved(path: Path, split: str, streaming: bool) -> Rows:
             f"{str(path)!r} cannot be read ({type(error).__name__}: {error}): it holds no rows, or not what "
             "`save_to_disk` wrote. Save the rows again."
         ) from error
-    if not isinstance(saved, Dataset):
-        if split not in saved:
-            raise ValueError(f"`split`={split!r} is not in {path}. Splits there: {list(saved)}.")
-        saved = saved[split]
-    return saved.to_iterable_dataset() if streaming else saved
+    splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    try:
+        named = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"`split`={split!r} is not in {path}. Splits there: {list(splits)}. ({error})") from error
+    parts = [splits[part.splitname].select(range(part.from_, part.to)) for part in named]
+    rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    return rows.to_iterable_dataset() if streaming else rows
 
 
 def _with_known_columns(rows: Rows) -> Rows:

@@ -496,7 +496,7 @@ class _Judge:
 def mixture_weights(
     num_rows: Mapping[str, int],
     targets: Mapping[str, float] | None = None,
-    clip: tuple[float, float] = WEIGHT_CLIP,
+    clip: tuple[float, float] | None = WEIGHT_CLIP,
 ) -> dict[str, float]:
     """Weighs datasets as wished, but none by less than 0.3 or more than 3 times its share of the rows.
 
@@ -507,7 +507,7 @@ def mixture_weights(
     Args:
         num_rows (`Mapping[str, int]`): Rows of each dataset.
         targets (`Mapping[str, float]`, *optional*): What each should weigh, positive; only ratios count. None: alike.
-        clip (`tuple[float, float]`): Smallest and largest ratio of weight to share of the rows.
+        clip (`tuple[float, float]`, *optional*): Smallest and largest ratio of weight to share of the rows; None: any.
 
     Returns:
         `dict[str, float]`: Chance of drawing from each dataset; they add up to 1.
@@ -524,9 +524,8 @@ def mixture_weights(
         {'edit': 0.97, 'vqa': 0.03}
 
     """
-    low, high = clip
     targets = dict.fromkeys(num_rows, 1.0) if targets is None else targets
-    if not 0 < low <= 1 <= high:
+    if clip is not None and not 0 < clip[0] <= 1 <= clip[1]:
         raise ValueError(f"`clip`={clip} must be positive and enclose 1.")
     if not num_rows or targets.keys() != num_rows.keys():
         raise ValueError(f"`targets` names {sorted(targets)}, but `num_rows` names {sorted(num_rows)}.")
@@ -536,6 +535,9 @@ def mixture_weights(
                 f"{name!r} has `num_rows`={num_rows[name]} and `targets`={targets[name]}; both must be above 0. "
                 "Leave out a dataset that is not to be drawn from."
             )
+    if clip is None:
+        return {name: targets[name] / sum(targets.values()) for name in num_rows}
+    low, high = clip
     shares = {name: count / sum(num_rows.values()) for name, count in num_rows.items()}
     ratios = {name: targets[name] / sum(targets.values()) / shares[name] for name in num_rows}
 
