@@ -50,6 +50,16 @@ class ModelArguments:
     vocab_size: int = field(default=512, metadata={"help": "Size of a text tokenizer trained here."})
     image_tokenizer_name: str | None = field(default=None, metadata={"help": "Frozen image tokenizer of a new model."})
 
+    def __post_init__(self) -> None:
+        """Refuses what describes a new model beside a checkpoint, which has its own."""
+        names = ("config_name", "preset", "tokenizer_name", "image_tokenizer_name")
+        given = [name for name in names if getattr(self, name) is not None]
+        if self.model_name_or_path is not None and given:
+            raise ValueError(
+                f"`{given[0]}`={getattr(self, given[0])!r} is for a new model, and `model_name_or_path`="
+                f"{self.model_name_or_path!r} is given, which has its own. Set one of the two to none."
+            )
+
 
 @dataclass
 class HeldOutArguments:

@@ -214,6 +214,9 @@ def test_a_finished_model_trains_further(run, entries):
     before, after = (AutoModelForMultimodalLM.from_pretrained(path) for path in (first, folder))
     torch.testing.assert_close(before.lm_head.weight, after.lm_head.weight, rtol=0, atol=1e-6)
     assert entries(folder)[1]["loss"] < entries(first)[1]["loss"]
+    for name in ("preset", "tokenizer_name", "image_tokenizer_name", "config_name"):
+        with pytest.raises(ValueError, match=f"`{name}`='other' is for a new model, and `model_name_or_path`="):
+            run("third", **{"model_name_or_path": first, "config_name": None, name: "other"})
 
 
 def test_unknown_keys_and_missing_models_are_named(run, tmp_path):

@@ -118,6 +118,22 @@ def test_without_ema_the_weights_stay() -> None:
         pass
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_weights_stored_in_bfloat16_are_trained_in_float32(is_frozen: bool) -> None:
+    model = make_model().bfloat16()
+    if is_frozen:  # as a base beneath adapters is
+        model.requires_grad_(False)
+        model.append(nn.Linear(2, 2))
+    recipe = TrainingRecipe(output_dir="run", max_steps=4, learning_rate=1e-5, warmup_steps=0, mixed_precision="no")
+    parts = prepare_training(Accelerator(cpu=True), model, recipe)
+    assert model[0].weight.dtype is (torch.bfloat16 if is_frozen else torch.float32)
+    before = [weight.detach().clone() for weight in trainable_parameters(model)]
+    for weight in trainable_parameters(model):
+        weight.grad = torch.ones_like(weight)
+    parts.optimizer.step()
+    assert all((now != then).all() for now, then in zip(trainable_parameters(model), before, strict=True))
+
+
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(ValueError, match="no trainable parameter"):
         build_optimizer(make_model().requires_grad_(False), TrainingRecipe())

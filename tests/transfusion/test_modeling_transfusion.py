@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_mm.transfusion import TransfusionForConditionalGeneration, TransfusionModel
 from hf_mm.transfusion.layout_transfusion import image_block_ids
@@ -389,6 +389,43 @@ def test_accumulated_micro_batches_equal_one_big_batch(make_model, lay_out):
     for name, weight in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(weight.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_texts_counted_without_their_images_are_refused(make_model, lay_out):
+    model = make_model()
+    batch = batch_of(model, lay_out, DOCUMENTS)
+    with pytest.raises(ValueError, match="`num_items_in_batch` and `num_images_in_batch` belong together"):
+        model(**batch, num_items_in_batch=7)
+    words = batch_of(model, lay_out, [[BOS, 11, 12, EOS]])
+    torch.testing.assert_close(model(**words, num_items_in_batch=6).loss * 2, model(**words).loss)
+
+
+def test_the_librarys_trainer_accumulates_both_losses(make_model, lay_out, tmp_path):
+    model = make_model()
+    batch = batch_of(model, lay_out, [[BOS, 11, 12, (4, 4), EOS], [BOS, 13, 14, (4, 4), EOS]])
+    rows = [{name: value[row] for name, value in batch.items()} for row in (0, 1)]
+    settings = {"output_dir": tmp_path, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "report_to": "none",
+                "use_cpu": True, "save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True}  # fmt: skip
+    weights = []
+    for batch_size in (2, 1):
+        trained = copy.deepcopy(model)
+        arguments = TrainingArguments(
+            per_device_train_batch_size=batch_size, gradient_accumulation_steps=2 // batch_size, **settings
+        )
+        Trainer(trained, arguments, data_collator=torch.utils.data.default_collate, train_dataset=rows).train()
+        weights.append(trained.state_dict())
+    moved = [name for name, weight in model.state_dict().items() if not weight.equal(weights[0][name])]
+    assert any("patch_out" in name for name in moved) and any("layers.0" in name for name in moved)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_vectors_in_place_of_ids_have_a_loss(make_model, lay_out):
+    model = make_model()
+    batch = batch_of(model, lay_out, [[BOS, 11, 12, EOS]])
+    vectors = model.get_input_embeddings()(batch["input_ids"])
+    loss = model(inputs_embeds=vectors, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(loss, model(**batch).loss)
 
 
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(make_model, lay_out):

@@ -38,7 +38,8 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
 
     Args:
         accelerator (`Accelerator`): From `build_accelerator`.
-        model (`nn.Module`): Frozen parameters (`requires_grad=False`) get no optimizer state.
+        model (`nn.Module`): Frozen parameters (`requires_grad=False`) get no optimizer state. It becomes float32 where
+            trained ones are not; `mixed_precision` is what it computes in.
         recipe (`TrainingRecipe`): The run.
 
     Returns:
@@ -54,6 +55,8 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, recipe: Trainin
                 f"`gradient_checkpointing`=True, but {type(model).__name__} has no support. Set it to false."
             )
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if any(weight.requires_grad and weight.dtype != torch.float32 for weight in model.parameters()):
+        model.float()  # most steps of AdamW change a weight by less than bfloat16 tells apart
     set_attention(accelerator, model, recipe)
     if recipe.torch_compile:
         # DDP cuts the graph at its buckets of gradients by default, and batches of varying length then do not compile.

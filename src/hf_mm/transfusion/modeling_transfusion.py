@@ -342,6 +342,7 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, ObjectiveM
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    accepts_loss_kwargs = False  # the library's Trainer counts what is text of accumulated batches alone
 
     def __init__(self, config: TransfusionConfig) -> None:
         super().__init__(config)
@@ -467,6 +468,11 @@ class TransfusionForConditionalGeneration(TransfusionPreTrainedModel, ObjectiveM
             latents = self.model.encode_pixels(pixel_values, image_sizes)
         targets = index = None
         if labels is not None:
+            if latents is not None and (num_items_in_batch is None) != (num_images_in_batch is None):
+                raise ValueError(
+                    "`num_items_in_batch` and `num_images_in_batch` belong together where there are images. Give "
+                    "both, as `count_targets` does, or neither."
+                )
             targets = self.text_targets(input_ids, labels, position_ids)
             if not torch.compiler.is_compiling():  # a compiled graph has fixed shapes and scores every position
                 index = (targets.flatten() != -100).nonzero().flatten()  # the host waits, so before the long work

@@ -38,7 +38,7 @@ class ObjectiveMixin:
         )
 
     def text_targets(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor | None
+        self, input_ids: torch.Tensor | None, labels: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """Aligns labels with the positions that predict them.
 
@@ -50,7 +50,8 @@ class ObjectiveMixin:
         Source: Transfusion, section 3, footnote on BOI.
         """
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        targets = targets.masked_fill(input_ids == self.config.boi_token_id, -100)
+        if input_ids is not None:  # vectors alone open no image
+            targets = targets.masked_fill(input_ids == self.config.boi_token_id, -100)
         if position_ids is not None:
             starts = F.pad(position_ids[:, 1:] == 0, (0, 1))
             targets = targets.masked_fill(starts, -100)
