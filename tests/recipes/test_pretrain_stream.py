@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 import pretrain_stream
+from hf_mm.training import loop
 from hf_mm.training.checkpoint import list_checkpoints
 
 
@@ -33,6 +35,23 @@ def test_a_stopped_stream_goes_on_to_the_same_weights(make_words, request, sourc
     assert same_weights(whole, stopped)
     first, last = (json.loads((folder / "data_0.json").read_text()) for folder in list_checkpoints(whole))
     assert (first["num_samples"], last["num_samples"]) == (8, 16) and first["rows"] != last["rows"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_that_fails_is_met_again_by_the_same_command(make_words, num_workers, monkeypatch):
+    fields = {"shuffle_block_size": 5, "max_steps": 4, "dataloader_num_workers": num_workers}
+    whole = pretrain_stream.main(make_words("whole", **fields))
+    take_step, num_steps = loop._take_step, itertools.count(1)
+
+    def fail_at_the_third(*arguments):
+        if next(num_steps) == 3:
+            raise FloatingPointError("At step 3 the loss is nan")
+        return take_step(*arguments)
+
+    monkeypatch.setattr(loop, "_take_step", fail_at_the_third)
+    with pytest.raises(FloatingPointError):
+        pretrain_stream.main(make_words("failed", **fields))
+    assert same_weights(whole, pretrain_stream.main(make_words("failed", **fields)))
 
 
 def test_what_needs_rows_by_number_is_refused(make_words, tmp_path):

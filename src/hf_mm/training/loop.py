@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, tqdm
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from .history import append_history, draw_loss_curves, read_history, truncate_history
@@ -97,7 +98,8 @@ def train(
             `count_targets`, and returns a `ModelOutput` (or another dataclass) with `.loss`: in other objects data
             parallelism does not find the tensors.
         batches (`Iterator[dict[str, torch.Tensor]]`): Endless; its first batch belongs to step `progress.step + 1`.
-            Each process has its own share, `gradient_accumulation_steps` batches per step.
+            Each process has its own share, `gradient_accumulation_steps` batches per step. Of one with a `state_dict`,
+            as a stream's, a batch that fails is the next one again.
         recipe (`TrainingRecipe`): The run.
         count_targets (`Callable`): Gives the denominators of a batch's losses as integer tensors by name, e.g.
             `{"num_items_in_batch": ...}`.
@@ -129,13 +131,16 @@ def train(
     with bar, _noticed_signals() as received, _explained_worker_faults(recipe):
         while progress.step < recipe.max_steps and stop is None:
             began = time.monotonic()
+            place = batches.state_dict() if isinstance(batches, Stateful) else None
             window = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
             flags = [*(int(name in received) for name in STOP_SIGNALS), int(began > deadline)]
             try:
                 stop = _take_step(accelerator, parts, window, recipe, progress, count_targets, loss_parts, flags)
             except FloatingPointError:
-                if saved_step != progress.step:
-                    save(progress.step)  # with which the same command meets the same batch at once
+                if saved_step != progress.step:  # with which the same command meets the same batch at once
+                    if isinstance(batches, Stateful):
+                        batches.load_state_dict(place)
+                    save(progress.step)
                 raise
             progress.add("step_seconds", time.monotonic() - began)
             bar.update()
