@@ -1,9 +1,10 @@
 """Pretrains on a stream of captioned images: rows are read one after the other, by each process its own.
 
 accelerate launch recipes/pretrain_stream.py --config recipes/configs/transfusion_tiny_pretrain.yaml \
-    --dataset_name my/pictures --text_column caption --output_dir runs/mine
+    --eval_dataset_split none --eval_steps none --dataset_name my/pictures --text_column caption --output_dir runs/mine
 accelerate launch recipes/pretrain_stream.py --config recipes/configs/transfusion_tiny_pretrain.yaml \
-    --dataset_name runs/encoded --image_tokenizer_name runs/my_vae --output_dir runs/mine
+    --eval_dataset_split none --eval_steps none --dataset_name runs/encoded --image_tokenizer_name runs/my_vae \
+    --output_dir runs/mine
 
 For sources too large to be read by number, as `recipes/pretrain.py` does: a dataset of the Hub that is not downloaded,
 encoded images in more shards than a file system serves at random. Rows are shuffled within blocks. The same command,
@@ -30,6 +31,7 @@ from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recip
 from pretrain import PretrainArguments
 from pushing import HubPush
 from reporting import RunReport, describe_run, finish_run
+from task_sources import iterate_task_texts
 
 
 @dataclass
@@ -53,12 +55,14 @@ ARGUMENTS = (
 )
 
 
-def refuse_what_needs_all_rows(captions: CaptionArguments, extra: PretrainArguments) -> None:
+def refuse_what_needs_all_rows(captions: CaptionArguments, extra: PretrainArguments, recipe: TrainingRecipe) -> None:
     """Refuses fields that need rows by number, before anything is read."""
     asked = {
         "text_dataset_name": extra.text_dataset_name,
         "text_sources": extra.text_sources or None,
+        "eval_dataset_name": extra.eval_dataset_name,
         "eval_dataset_split": extra.eval_dataset_split,
+        "eval_steps": recipe.eval_steps,
         "near_duplicate_distance": captions.near_duplicate_distance,
         "people_oversampling or high_aesthetic_oversampling": captions.is_weighted or None,
     }
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     argv = sys.argv[1:] if argv is None else argv
     parsed = parse_recipe(*ARGUMENTS, argv=argv)
     model_args, data_args, caption_args, document_args, spans, extra, stream_args, recipe = parsed
-    refuse_what_needs_all_rows(caption_args, extra)
+    refuse_what_needs_all_rows(caption_args, extra, recipe)
     caption_args.drop_duplicates = False  # a row of the next epoch would be one
     identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
     output_dir = Path(recipe.output_dir)
@@ -84,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     spans = spans.for_objective(getattr(config, "objective", None))
     identity |= asdict(spans)
     rows = open_rows(data_args, image_size=config.image_size, seed=recipe.seed, streaming=True)
-    tokenizer = find_text_tokenizer(model_args, rows, output_dir, accelerator)
+    task_texts = iterate_task_texts(extra.tokenizer_sources, config.image_size, recipe.seed)
+    tokenizer = find_text_tokenizer(model_args, rows, output_dir, accelerator, task_texts)
     model, processor = build_model(model_args, config, tokenizer)
     refuse_unfit_rows(rows, data_args.dataset_name, model)
     documents = DocumentBatches(

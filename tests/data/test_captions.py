@@ -355,6 +355,8 @@ def test_weights_that_lack_a_column_or_a_bar_are_refused() -> None:
         row_weights(rows, CaptionArguments(high_aesthetic_oversampling=2))
     with pytest.raises(ValueError, match="needs `high_aesthetic_score`"):
         row_weights(rows_of(text=["a"], aesthetic_score=[1.0]), CaptionArguments(high_aesthetic_oversampling=2))
+    with pytest.raises(ValueError, match="`high_aesthetic_score`=6.0 raises nothing while `high_aesthetic_overs"):
+        CaptionArguments(high_aesthetic_score=6.0)
 
 
 @pytest.mark.skipif(not EMOJI.exists(), reason="the emoji pictures are not here")

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +57,28 @@ def test_a_batch_that_fails_is_met_again_by_the_same_command(make_words, num_wor
 
 def test_what_needs_rows_by_number_is_refused(make_words, tmp_path):
     for field, value in (("eval_dataset_split", "validation"), ("text_dataset_name", "me/texts"),
-                         ("text_sources", "vqa_v2"), ("people_oversampling", 2)):  # fmt: skip
+                         ("text_sources", "vqa_v2"), ("people_oversampling", 2), ("eval_steps", 2),
+                         ("eval_dataset_name", "me/others")):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{field}.* needs rows by number"):
             pretrain_stream.main(make_words("run", **{field: value}))
+
+
+def test_the_commands_at_its_head_read_the_recipe_and_its_tasks(monkeypatch, tmp_path):
+    asked = []
+
+    def note(specs, *arguments):
+        asked.append(specs)
+        raise KeyboardInterrupt  # nothing is trained
+
+    monkeypatch.setattr(pretrain_stream, "iterate_task_texts", note)
+    monkeypatch.chdir(ROOT)
+    for command in re.findall(r"^accelerate launch \S+ (.*)$", pretrain_stream.__doc__.replace("\\\n", ""), re.M):
+        words = re.sub(r"--(dataset_name|text_column|image_tokenizer_name) \S+", "", command)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain_stream.main(
+                [*words.replace("runs/mine", str(tmp_path)).split(), "--dataset_name=icon_scenes:shapes"]
+            )
+    assert len(asked) == 2 and all("vqa@icon_scenes:shapes" in specs for specs in asked)
 
 
 @pytest.mark.slow

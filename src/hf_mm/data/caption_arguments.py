@@ -99,8 +99,8 @@ class CaptionArguments:
                 raise ValueError(f"`{name}`={getattr(self, name)} must be above 0. Use 1 to switch it off.")
         if self.high_aesthetic_score is not None and self.high_aesthetic_oversampling == 1:
             raise ValueError(
-                f"`high_aesthetic_score`={self.high_aesthetic_score} raises nothing while `high_aesthetic_oversampling` "
-                "is 1. Give how many times as often such rows are to be drawn, such as 3."
+                f"`high_aesthetic_score`={self.high_aesthetic_score} raises nothing while "
+                "`high_aesthetic_oversampling` is 1. Say how many times as often such rows are drawn, e.g. 3."
             )
         for name, weight in self.form_weights().items():
             if weight < 0:
