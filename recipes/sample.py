@@ -2,9 +2,10 @@
 
 python recipes/sample.py --prompts "a red star" "a blue heart" --guidance_scales 1 3 5
 python recipes/sample.py --model_name_or_path runs/mine --prompts_file prompts.txt --num_inference_steps 10 25 50 \
-    --schedulers DDIMScheduler DPMSolverMultistepScheduler --output runs/mine/solvers.png
+    --schedulers FlowMatchEulerDiscreteScheduler FlowMatchHeunDiscreteScheduler --output runs/mine/solvers.png
 
-Every row starts from the same noise, so that rows differ by their settings alone.
+Every row starts from the same noise, so that rows differ by their settings alone. Models of codes have no
+scheduler and take no steps: a row for each scale.
 """
 
 import itertools
@@ -60,20 +61,25 @@ def main(argv: Sequence[str] | None = None) -> Path:
     kinds = [find_scheduler(name) for name in arguments.schedulers]
     pipeline = DiffusionPipeline.from_pretrained(arguments.model_name_or_path)
     pipeline.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    own = pipeline.scheduler
+    own = pipeline.components.get("scheduler")
+    if own is None and kinds:
+        raise ValueError(f"`schedulers`={arguments.schedulers}: a {type(pipeline).__name__} has none. Leave them out.")
     images, captions = [], []
-    settings = itertools.product(kinds or [type(own)], arguments.num_inference_steps, arguments.guidance_scales)
-    for kind, num_steps, scale in settings:
-        pipeline.scheduler = kind.from_config(own.config)
+    solvers = [None] if own is None else itertools.product(kinds or [type(own)], arguments.num_inference_steps)
+    for solver, scale in itertools.product(solvers, arguments.guidance_scales):
+        row, steps = f"guidance {scale:g}", {}
+        if solver is not None:
+            kind, num_steps = solver
+            pipeline.scheduler, steps = kind.from_config(own.config), {"num_inference_steps": num_steps}
+            row = f"{kind.__name__.removesuffix('Scheduler')}, {num_steps} steps, {row}"
         images += pipeline(
             prompts,
             height=arguments.image_size,
             width=arguments.image_size,
-            num_inference_steps=num_steps,
             guidance_scale=scale,
             generator=[torch.Generator().manual_seed(arguments.seed + number) for number in range(len(prompts))],
+            **steps,
         ).images
-        row = f"{kind.__name__.removesuffix('Scheduler')}, {num_steps} steps, guidance {scale:g}"
         captions += [f"{row}: {prompt}" for prompt in prompts]
     path = save_captioned_grid(images, captions, arguments.output, num_columns=len(prompts))
     print(f"The grid is in {path}.")

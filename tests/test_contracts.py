@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset
 from PIL import Image
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from hf_mm.data.cm3_masking import CM3Masking
 from hf_mm.data.collators import collate_documents
@@ -190,3 +192,73 @@ def test_every_family_draws_by_the_same_arguments(family):
     assert len(first) == 4 and all(isinstance(image, Image.Image) for image in first)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, again, strict=True))
     assert len(pipe("kite", image=first[0], **family.drawing).images) == 1
+
+
+def test_offloaded_weights_are_brought_back_before_they_are_used(family):
+    pipe = build_drawing_pipeline(family.model, family.processor)
+    pipe.set_progress_bar_config(disable=True)
+    state = {"is_there": False, "early": []}
+
+    class Bring(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            state["is_there"] = True
+            return args, kwargs
+
+    def note(module, *args):
+        if not state["is_there"]:
+            state["early"].append(type(module).__name__)
+
+    for module in family.model.model.modules():
+        module.register_forward_pre_hook(note)
+    add_hook_to_module(family.model, Bring())
+    picture = Image.new("RGB", (8, 8), "red")
+    user = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "kite"}]}]
+    calls = {
+        "draw": lambda: pipe("kite", num_images_per_prompt=2, **family.drawing),
+        "edit": lambda: pipe("kite", image=picture, **family.drawing),
+        "caption": lambda: pipe.caption(picture, max_new_tokens=2),
+        "interleave": lambda: pipe.interleave("kite", max_new_tokens=2, max_images=1),
+        "chat": lambda: pipe.chat(user, max_new_tokens=2, max_images=1),
+    }
+    for name, call in calls.items():
+        state["is_there"] = False
+        call()
+        assert state["is_there"] and not state["early"], name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"truncation": True, "max_length": 5}, "conversations read `return_tensors` and `padding=True`"),
+        ({"processor_kwargs": {"images_kwargs": {"do_resize": False}}}, "Leave out the others"),
+        ({"padding": "max_length"}, "conversations read"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "contradict each other"),
+    ],
+)
+def test_arguments_that_conversations_do_not_read_are_refused(family, fields, message):
+    messages = [{"role": "user", "content": "kite"}, {"role": "assistant", "content": "a red star"}]
+    encode = partial(family.processor.apply_chat_template, messages, tokenize=True, return_dict=True)
+    assert encode(return_tensors="pt", padding=True)["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match=message):
+        encode(**fields)
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_arguments_of_the_librarys_generate_are_taken_or_refused_by_name(family, mode):
+    prompt = torch.tensor([[family.processor.tokenizer.bos_token_id, 11, 12]])
+    if mode == "image":
+        with pytest.raises(
+            ValueError, match="`num_return_sequences` is for text; images take `num_images_per_prompt`"
+        ):
+            family.model.generate(prompt, generation_mode="image", num_return_sequences=2)
+        return
+    write = partial(family.model.generate_interleaved, prompt, max_new_tokens=3, max_images=0)
+    with pytest.raises(ValueError, match="`return_dict_in_generate`=True must be False here"):
+        write(return_dict_in_generate=True)
+    stopped = write(logits_processor=None, stopping_criteria=StoppingCriteriaList([StopAtOnce()]))
+    assert len(stopped[0][0]) <= 1
+
+
+class StopAtOnce(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.ones(len(input_ids), dtype=torch.bool)

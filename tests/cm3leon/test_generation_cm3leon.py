@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -620,3 +621,18 @@ def test_gaps_are_closed_in_order():
 def test_spans_know_their_codes():
     span = ImageSpan(11, 7, 3, (5,), (6,))
     assert span.is_code(torch.arange(20)).nonzero().flatten().tolist() == list(range(11, 18))
+
+
+@pytest.mark.parametrize("lengths", [(4,), (2, 7)])
+def test_answers_end_with_the_context_whatever_is_asked_for(model, lengths):
+    ids, mask = prompts(model, *lengths)
+    limit, width = model.config.max_position_embeddings, ids.shape[1]
+    write = partial(model.generate, ids, attention_mask=mask, eos_token_id=-1)
+    room = limit - int(mask.sum(-1).max())
+    most = {"max_new_tokens": room + 9}
+    for asked in (most, {"max_length": limit + 99}, {**most, "min_new_tokens": room + 5}):
+        assert write(**asked).shape[1] == width + room
+    assert write(max_new_tokens=3, stopping_criteria=None).shape[1] == width + 3
+    longer = prompts(model, 3 * max(lengths))[0]
+    written = write(negative_prompt_ids=longer, guidance_scale=2.0, **most)
+    assert written.shape[1] == width + limit - longer.shape[1]

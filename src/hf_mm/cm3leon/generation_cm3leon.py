@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import get_head_shapes
 from transformers.generation import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -95,6 +96,20 @@ class BegunImageCriteria(StoppingCriteria):
         return self.span.is_code(input_ids[:, -1])
 
 
+class FullContextCriteria(StoppingCriteria):
+    """Ends the answers of all rows where the positions of the longest one end.
+
+    Args:
+        length (`int`): Of the padded rows by then.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
+
+
 class DrawingProgress(StoppingCriteria):
     """Shows a drawing as it goes on, and ends it when asked to.
 
@@ -148,6 +163,7 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
     def replace_images(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Puts the codes of pictures where their placeholders stand."""
 
+    @apply_forward_hook  # offloaded weights are brought back by `forward` alone
     @torch.no_grad()
     def draw_images(
         self,
@@ -333,6 +349,7 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
                 f"{free // needed} fit."
             )
 
+    @apply_forward_hook
     @torch.no_grad()
     def generate_interleaved(
         self,
@@ -365,18 +382,19 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
         Raises:
             ValueError: If more than one sequence per prompt is asked for, or a prompt leaves no room for an answer.
         """
-        for name in ("num_beams", "num_return_sequences"):
-            if (value := generate_kwargs.get(name, 1)) != 1:
+        for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
+            if (value := generate_kwargs.pop(name, None) or only) != only:
                 raise ValueError(
-                    f"`{name}`={value} must be 1 here: each prompt has one answer, drawn as it is written."
+                    f"`{name}`={value} must be {only} here: each prompt has one answer, drawn as it is written."
                 )
         span, limit = self.image_span, self.config.get_text_config(decoder=True).max_position_embeddings
         input_ids = self.replace_images(input_ids, pixel_values)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        given = generate_kwargs.pop("logits_processor", LogitsProcessorList())
+        given = generate_kwargs.pop("logits_processor", None) or []
         processors = LogitsProcessorList(
             [*given, ForbidTokensLogitsProcessor(self.never_written), ImageSpanLogitsProcessor(span, limit)]
         )
+        stops = [*(generate_kwargs.pop("stopping_criteria", None) or []), BegunImageCriteria(span)]
         settings = generate_kwargs.get("generation_config") or self.generation_config
         ends = torch.as_tensor(generate_kwargs.get("eos_token_id", settings.eos_token_id), device=input_ids.device)
         parts: list[list[torch.Tensor]] = [[] for _ in range(len(input_ids))]
@@ -388,7 +406,7 @@ class ImageGenerationMixin(GuidedGenerationMixin, ABC):
                 input_ids,
                 attention_mask=mask,
                 logits_processor=processors,
-                stopping_criteria=StoppingCriteriaList([BegunImageCriteria(span)]),
+                stopping_criteria=StoppingCriteriaList(stops),
                 max_new_tokens=min(max_new_tokens, room),
                 **generate_kwargs,
             )
@@ -498,6 +516,7 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         """Leaves the mask to `forward`, which tells padding from packed documents by it; used for static caches."""
         return attention_mask
 
+    @apply_forward_hook
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -530,15 +549,7 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
         config = self.config
         input_ids = kwargs.pop("input_ids", inputs)
         if generation_mode == "image":
-            kwargs.pop("generation_config", None)
-            kwargs.pop("max_new_tokens", None)
-            asked = {field.name: kwargs.pop(field.name) for field in fields(CodeSampling) if field.name in kwargs}
-            if kwargs.get("sampling") is None:
-                defaults = {"guidance_scale": config.drawing_guidance_scale, "temperature": config.drawing_temperature}
-                kwargs["sampling"] = CodeSampling(**{**defaults, **asked})
-            elif asked:
-                raise ValueError(f"`sampling` is given, and {sorted(asked)} beside it. Put them into `sampling`.")
-            return self.draw_images(input_ids, **kwargs)
+            return self._generate_images(input_ids, **kwargs)
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode`={generation_mode!r} is not one of 'text', 'image'.")
         forbidden = [range(config.image_token_id, config.image_token_id + 1)]
@@ -547,15 +558,39 @@ class CM3LeonGenerationMixin(ImageGenerationMixin):
             forbidden = [config.image_token_ids, between, *self.never_written]
         given = kwargs.pop("logits_processor", None) or []
         processors = [*given, ForbidTokensLogitsProcessor(forbidden, exceptions=(config.eoss_token_id,))]
+        stops = [*(kwargs.pop("stopping_criteria", None) or [])]
+        negative = (negative_prompt_ids, negative_prompt_attention_mask)
         if input_ids is not None:
             input_ids = self.replace_images(input_ids, kwargs.pop("pixel_values", None))
+            stops.append(self._end_of_context((input_ids, kwargs.get("attention_mask")), negative))
         return super().generate(
             input_ids,
-            negative_prompt_ids,
-            negative_prompt_attention_mask,
+            *negative,
             logits_processor=LogitsProcessorList(processors),
+            stopping_criteria=StoppingCriteriaList(stops),
             **kwargs,
         )
+
+    def _generate_images(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Draws with the fields of [`CodeSampling`] among the arguments, and without those of the library's text."""
+        for name in ("generation_config", "max_new_tokens"):  # which the library's pipelines give
+            kwargs.pop(name, None)
+        if "num_return_sequences" in kwargs:
+            raise ValueError("`num_return_sequences` is for text; images take `num_images_per_prompt`.")
+        asked = {field.name: kwargs.pop(field.name) for field in fields(CodeSampling) if field.name in kwargs}
+        if kwargs.get("sampling") is None:
+            config = self.config
+            defaults = {"guidance_scale": config.drawing_guidance_scale, "temperature": config.drawing_temperature}
+            kwargs["sampling"] = CodeSampling(**{**defaults, **asked})
+        elif asked:
+            raise ValueError(f"`sampling` is given, and {sorted(asked)} beside it. Put them into `sampling`.")
+        return self.draw_images(input_ids, **kwargs)
+
+    def _end_of_context(self, *prompts: tuple[torch.Tensor | None, torch.Tensor | None]) -> FullContextCriteria:
+        """Ends text where the context ends for the longest of some prompts, each with its mask."""
+        masks = [torch.ones_like(ids) if mask is None else mask for ids, mask in prompts if ids is not None]
+        room = min(map(self.num_free_positions, masks))
+        return FullContextCriteria(max(mask.shape[1] for mask in masks) + room)
 
 
 __all__ = ["CM3LeonGenerationMixin", "GuidedGenerationMixin", "ImageGenerationMixin"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
@@ -407,6 +408,7 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
             )
         self.model.require_image_tokenizer().load_state_dict(tokenizer.state_dict())
 
+    @apply_forward_hook  # offloaded weights are brought back by `forward` alone
     def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Turns pictures into the ids of their codes; see [`CM3LeonModel`]."""
         return self.model.encode_images(pixel_values)

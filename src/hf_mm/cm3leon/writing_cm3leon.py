@@ -178,7 +178,7 @@ class WritingMixin:
         if messages[-1]["role"] == "assistant":
             raise ValueError("`messages` ends with the assistant's; append the user's next message.")
         inputs.pop("assistant_masks")
-        given = generate_kwargs.pop("logits_processor", [])
+        given = generate_kwargs.pop("logits_processor", None) or []
         (parts,) = self.model.generate_interleaved(
             **inputs.to(self._execution_device),
             logits_processor=LogitsProcessorList([*given, self.model.end_of_turn(inputs["input_ids"])]),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin, TextKwargs
 
 
 ROLES = ("system", "user", "assistant")
@@ -213,19 +213,17 @@ class ConversationMixin(ProcessorMixin):
             tokenize (`bool`, defaults to `False`): Whether to return ids.
             return_tensors (`str`, *optional*): Such as `"pt"`; conversations are then padded on the left.
             return_dict (`bool`, defaults to `False`): Whether to return all inputs of the model, or `input_ids` alone.
-            processor_kwargs (`dict`, *optional*): Such as `return_tensors` and `padding`.
-            kwargs: Those of the library's processors.
+            processor_kwargs (`dict`, *optional*): `return_tensors` and `padding=True`, which goes with it.
+            kwargs: Likewise; where `tokenize` is false or the template another, those of the library's processors.
+                Further ones are variables of the template.
 
         Returns:
             `str`, `list[list[int]]` or `BatchFeature`.
 
         Raises:
-            ValueError: If a message does not fit, or spells a special token.
+            ValueError: If a message does not fit or spells a special token, or nothing reads an argument.
         """
         conversations = list_conversations(conversation)
-        settings = {**(processor_kwargs or {})}
-        if return_tensors != "auto":
-            settings["return_tensors"] = return_tensors
         if not tokenize or (chat_template or self.chat_template) != CHAT_TEMPLATE:
             return super().apply_chat_template(
                 conversation,
@@ -239,14 +237,18 @@ class ConversationMixin(ProcessorMixin):
                 processor_kwargs=processor_kwargs,
                 **kwargs,
             )
-        for name in ("return_tensors", "padding"):
-            if name in kwargs:
-                settings[name] = kwargs[name]
-        inputs = self.encode_conversations(
-            conversations,
-            is_open=continue_final_message,
-            return_tensors=settings.get("return_tensors"),
-        )
+        known = TextKwargs.__annotations__ | ImagesKwargs.__annotations__  # others are the template's variables
+        asked = {**(processor_kwargs or {}), **{name: kwargs[name] for name in kwargs if name in known}}
+        settings = {name: value for name, value in asked.items() if value is not None}
+        tensors = settings.pop("return_tensors", None) if return_tensors == "auto" else return_tensors
+        if settings.pop("padding", True) not in (True, "longest") or settings:
+            raise ValueError(
+                f"`processor_kwargs`: of {asked} conversations read `return_tensors` and `padding=True`, which goes "
+                "with it. Leave out the others."
+            )
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("`continue_final_message` and `add_generation_prompt` contradict each other. Give one.")
+        inputs = self.encode_conversations(conversations, is_open=continue_final_message, return_tensors=tensors)
         masks = inputs.pop("assistant_masks")
         if return_assistant_tokens_mask:
             inputs["assistant_masks"] = masks

@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -142,6 +143,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         if generation_mode == "image":
             kwargs.pop("generation_config", None)
             kwargs.pop("max_new_tokens", None)
+            if "num_return_sequences" in kwargs:
+                raise ValueError("`num_return_sequences` is for text; images take `num_images_per_prompt`.")
             input_ids = kwargs.pop("input_ids", inputs)
             return self.draw_images(input_ids, **kwargs)
         if generation_mode not in (None, "text"):
@@ -253,6 +256,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             position_ids = add_places(position_ids, is_image, [grid] * len(position_ids))
         return mask, position_ids
 
+    @apply_forward_hook  # offloaded weights are brought back by `forward` alone
     @torch.no_grad()
     def draw_images(
         self,
@@ -523,10 +527,10 @@ class TransfusionGenerationMixin(GenerationMixin):
 
         Source: Transfusion, section 3 (inference).
         """
-        for name in ("num_beams", "num_return_sequences"):
-            if (value := generate_kwargs.get(name, 1)) != 1:
+        for name, only in (("num_beams", 1), ("num_return_sequences", 1), ("return_dict_in_generate", False)):
+            if (value := generate_kwargs.pop(name, None) or only) != only:
                 raise ValueError(
-                    f"`{name}`={value} must be 1 here: each prompt has one answer, drawn as it is written."
+                    f"`{name}`={value} must be {only} here: each prompt has one answer, drawn as it is written."
                 )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
