@@ -329,7 +329,7 @@ def test_the_number_of_a_choice_becomes_its_words(tmp_path: Path) -> None:
         "answer": [2, 0], "hint": ["", "h"], "solution": ["Look.", ""],
     }  # fmt: skip
     name = saved(tmp_path, columns, image=Image())
-    rows = load_task_rows("science_qa", dataset_name=name)
+    rows = load_task_rows("science_qa", dataset_name=name)  # whose configuration is that of the Hub
     assert rows["answer"][:] == ["pink", "red"]
     assert rows["choices"][0] == "(A) red (B) blue (C) pink"
     assert [fitting_templates("reasoning", row) for row in rows.remove_columns("image")] == [[0, 1], [0]]

@@ -104,10 +104,11 @@ def load_task_rows(
             differ in size, boxes are inverted or outside the picture. The first such row and its column are named.
     """
     source = _find_source(source, dataset_name)
+    is_here = Path(source.dataset_name).exists()  # a copy of the Hub's, of the one configuration
     source = replace(
         source,
         split=split or source.split,
-        config_name=config_name or source.config_name,
+        config_name=config_name or (None if is_here else source.config_name),
         columns={**source.columns, **(columns or {})},
     )
     rows = open_source(source.dataset_name, split=source.split, config_name=source.config_name)
