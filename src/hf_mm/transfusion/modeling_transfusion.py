@@ -2,7 +2,7 @@
 
 The backbone is transformers' own, so a Llama checkpoint's weights load as they are and text-only logits are equal.
 Both losses are in `objective_transfusion.py`; drawing, a loop over denoising steps, is in
-`generation_transfusion.py`; packing and noise draws belong to the data.
+`drawing_transfusion.py`, writing in `generation_transfusion.py`; packing and noise draws belong to the data.
 """
 
 # Axes: B rows, L sequence, D hidden, V vocabulary, N images of all rows in reading order, P patches per image,
