@@ -178,6 +178,40 @@ def conversation_content(messages: Sequence[Mapping[str, Any]]) -> list[dict[str
     return content
 
 
+def read_tensor_type(
+    return_tensors: str | None, processor_kwargs: Mapping[str, Any] | None, kwargs: Mapping[str, Any]
+) -> str | None:
+    """Reads from what `apply_chat_template` was given which tensors to return, and refuses what nothing reads.
+
+    Args:
+        return_tensors (`str`, *optional*): `"auto"` for that of `processor_kwargs`, which else may hold none.
+        processor_kwargs (`dict`, *optional*): Settings of the processor.
+        kwargs (`dict`): Settings of the processor, and variables of the template, which are left alone.
+
+    Returns:
+        `str`, *optional*: Such as `"pt"`.
+
+    Raises:
+        ValueError: If there is a setting that conversations do not read.
+    """
+    known = TextKwargs.__annotations__ | ImagesKwargs.__annotations__
+    asked = {**(processor_kwargs or {}), **{name: kwargs[name] for name in kwargs if name in known}}
+    settings = {name: value for name, value in asked.items() if value is not None}
+    tensors = settings.pop("return_tensors", None) if return_tensors == "auto" else return_tensors
+    if settings.pop("padding", True) not in (True, "longest") or settings:
+        raise ValueError(
+            f"`processor_kwargs`: of {asked} conversations read `return_tensors` and `padding=True`, which goes "
+            "with it. Leave out the others."
+        )
+    return tensors
+
+
+def pad_left(rows: Sequence[Sequence[int]], filler: int) -> list[list[int]]:
+    """Fills rows of different lengths up on the left."""
+    width = max(map(len, rows))
+    return [[filler] * (width - len(row)) + list(row) for row in rows]
+
+
 class ConversationMixin(ProcessorMixin):
     """What [`CM3LeonProcessor`] does with conversations."""
 
@@ -237,15 +271,7 @@ class ConversationMixin(ProcessorMixin):
                 processor_kwargs=processor_kwargs,
                 **kwargs,
             )
-        known = TextKwargs.__annotations__ | ImagesKwargs.__annotations__  # others are the template's variables
-        asked = {**(processor_kwargs or {}), **{name: kwargs[name] for name in kwargs if name in known}}
-        settings = {name: value for name, value in asked.items() if value is not None}
-        tensors = settings.pop("return_tensors", None) if return_tensors == "auto" else return_tensors
-        if settings.pop("padding", True) not in (True, "longest") or settings:
-            raise ValueError(
-                f"`processor_kwargs`: of {asked} conversations read `return_tensors` and `padding=True`, which goes "
-                "with it. Leave out the others."
-            )
+        tensors = read_tensor_type(return_tensors, processor_kwargs, kwargs)
         if continue_final_message and add_generation_prompt:
             raise ValueError("`continue_final_message` and `add_generation_prompt` contradict each other. Give one.")
         inputs = self.encode_conversations(conversations, is_open=continue_final_message, return_tensors=tensors)
@@ -287,11 +313,8 @@ class ConversationMixin(ProcessorMixin):
             marks.append(document.get("answer_mask", [0] * len(document["input_ids"]))[:stop])
         kept = [[1] * len(row) for row in rows]
         if return_tensors is not None:
-            width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
-            rows, kept, marks = (
-                [[filler] * (width - len(row)) + list(row) for row in values]
-                for filler, values in ((pad, rows), (0, kept), (0, marks))
-            )
+            rows = pad_left(rows, self.tokenizer.pad_token_id)
+            kept, marks = pad_left(kept, 0), pad_left(marks, 0)
         ids = {"input_ids": rows, "attention_mask": kept, "assistant_masks": marks}
         return BatchFeature({**ids, **images}, tensor_type=return_tensors)
 
