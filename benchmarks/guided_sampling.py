@@ -5,7 +5,8 @@ python benchmarks/guided_sampling.py --output guided_sampling.json
 
 All draw one image of 64 patches for each of 4 prompts, with guidance, in 10 steps of one evaluation each (Euler's
 method for the peer), all prompts in one batch. Prompts are 32 tokens; the DiT of diffusers, with the loop of its own
-pipeline, has a class instead and so nothing to read. The floor is every linear layer's product, without attention.
+pipeline, has a class instead and so nothing to read. The floor is every linear layer's product, without attention; the
+least that drawing can do adds attention's own products.
 """
 
 import argparse
@@ -25,9 +26,11 @@ from torch import nn
 
 from timing import (
     DTYPES,
+    attention_alone,
     autocast,
     count_parameters,
     describe,
+    one_after_another,
     products_alone,
     profile,
     record_products,
@@ -91,6 +94,16 @@ def draw(deed: Callable[[], object], dtype: torch.dtype) -> None:
         deed()
 
 
+def least_drawing(
+    model: nn.Module, floor: Callable[[], object], batch_size: int, num_steps: int, dtype: torch.dtype
+) -> Callable:
+    """What no drawing of one of our models can leave out; the prompt is not counted."""
+    text, num_queries = model.config.text_config, SIDE * SIDE + 2
+    shape = (2 * batch_size * text.num_attention_heads, num_queries, text.hidden_size // text.num_attention_heads)
+    num_times = text.num_hidden_layers * num_steps
+    return one_after_another(floor, attention_alone(shape, PROMPT_LENGTH + num_queries, num_times, dtype=dtype))
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times each model and each floor in turn and returns what was found, and on what."""
     result = describe(arguments, (torch, transformers, diffusers))
@@ -109,6 +122,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         images = partial(way, model.eval(), prompts, arguments.num_inference_steps)
         deeds[name] = partial(draw, images, dtype)
         deeds[f"{name}_floor"] = products_alone(record_products(model, images), dtype=dtype)
+        if name in OURS:
+            sizes = arguments.batch_size, arguments.num_inference_steps
+            deeds[f"{name}_least"] = least_drawing(model, deeds[f"{name}_floor"], *sizes, dtype)
         if arguments.torch_compile and name in OURS:
             model.model.language_model.compile()
     for name, clock in take_turns(deeds, arguments.num_repeats).items():

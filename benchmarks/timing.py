@@ -126,6 +126,63 @@ def products_alone(
     return run
 
 
+def attention_alone(
+    shape: tuple[int, int, int], num_keys: int, num_times: int, *, backward: bool = False, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Makes the matrix products of attention, which no linear layer holds: scores, their sum of values, no softmax.
+
+    Args:
+        shape (`tuple[int, int, int]`): Rows times heads, queries, and the size of a head.
+        num_keys (`int`): Keys of each row.
+        num_times (`int`): How often attention runs.
+        backward (`bool`, defaults to `False`): Computes the four products of its gradients too.
+        dtype (`torch.dtype`): What is multiplied.
+
+    Returns:
+        `Callable`: without arguments.
+    """
+    num_heads, num_queries, head_dim = shape
+    queries = torch.randn(shape).to(dtype)
+    keys = torch.randn(num_heads, num_keys, head_dim).to(dtype)
+    scores = torch.randn(num_heads, num_queries, num_keys).to(dtype)
+
+    def run() -> None:
+        for _ in range(num_times):
+            torch.bmm(queries, keys.mT)
+            torch.bmm(scores, keys)
+            if backward:
+                torch.bmm(queries, keys.mT)  # of the scores
+                torch.bmm(scores.mT, queries)  # of the values
+                torch.bmm(scores, keys)  # of the queries
+                torch.bmm(scores.mT, queries)  # of the keys
+
+    return run
+
+
+def optimizer_alone(model: nn.Module) -> Callable[[], None]:
+    """Makes what a step does once its gradients are there: clips them and takes a step of fused AdamW."""
+    weights = [nn.Parameter(weight.detach().clone()) for weight in model.parameters()]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = torch.optim.AdamW(weights, fused=True)
+
+    def run() -> None:
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+
+    return run
+
+
+def one_after_another(*deeds: Deed) -> Callable[[], None]:
+    """Makes one deed of several."""
+
+    def run() -> None:
+        for deed in deeds:
+            deed()
+
+    return run
+
+
 def count_parameters(model: nn.Module) -> int:
     """Counts weights."""
     return sum(weight.numel() for weight in model.parameters())

@@ -6,7 +6,8 @@ python benchmarks/training_step.py --hidden_size 448 --output training_step_60m.
 
 A step is forward, backward, the clipping of gradients and fused AdamW, on 8 sequences of 32 text tokens and an image
 of 64 patches, with each library's own preparation of what it is given: tensors for ours, lists of parts for the peer.
-The floor is every linear layer's product and both its gradients, without attention.
+The floor is every linear layer's product and both its gradients, without attention. The least that a step can do adds
+attention's own products, the clipping and AdamW: no loss, softmax, norm or activation, so no model reaches it either.
 """
 
 import argparse
@@ -21,9 +22,12 @@ from torch import nn
 
 from timing import (
     DTYPES,
+    attention_alone,
     autocast,
     count_parameters,
     describe,
+    one_after_another,
+    optimizer_alone,
     products_alone,
     profile,
     record_products,
@@ -79,6 +83,15 @@ def training_step(
     optimizer.zero_grad()
 
 
+def least_step(model: nn.Module, floor: Callable[[], object], batch_size: int, dtype: torch.dtype) -> Callable:
+    """What no step of one of our models can leave out."""
+    text = model.config.text_config
+    length = PROMPT_LENGTH + NUM_PATCHES + 2
+    shape = (batch_size * text.num_attention_heads, length, text.hidden_size // text.num_attention_heads)
+    attention = attention_alone(shape, length, text.num_hidden_layers, backward=True, dtype=dtype)
+    return one_after_another(floor, attention, optimizer_alone(model))
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times each model and each floor in turn and returns what was found, and on what."""
     result = describe(arguments, (torch, transformers, diffusers))
@@ -96,6 +109,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         deeds[name] = partial(training_step, model, loss_of, optimizer, dtype)
         deeds[f"{name}_floor"] = products_alone(record_products(model, loss_of), backward=True, dtype=dtype)
+        if name in OURS:
+            deeds[f"{name}_least"] = least_step(model, deeds[f"{name}_floor"], arguments.batch_size, dtype)
         if arguments.torch_compile and name in OURS:
             model.compile()  # as `torch_compile: true` of the recipes
     clocks = take_turns(deeds, arguments.num_repeats)

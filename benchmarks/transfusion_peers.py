@@ -102,7 +102,8 @@ def summarise(clock: Clock, targets: dict[str, float]) -> dict[str, Any]:
     """Sets ours beside the peer, and each model beside its floor, with the targets.
 
     Args:
-        clock (`Clock`): Of deeds by the names of the models, and of their floors, such as `"peer_floor"`.
+        clock (`Clock`): Of deeds by the names of the models, and of their floors, such as `"peer_floor"`; of ours with
+            the least they can do too, such as `"same_trunk_least"`.
         targets (`dict[str, float]`): `same_trunk` and `same_parameters`, how many times faster than the peer at
             least, and `over_floor`, how many times the floor at most.
     """
@@ -114,6 +115,7 @@ def summarise(clock: Clock, targets: dict[str, float]) -> dict[str, Any]:
             name: judge(ratio, at_most=targets["over_floor"]) if name in OURS else ratio
             for name, ratio in ((name, clock.ratio(name, f"{name}_floor")) for name in models)
         },
+        "least_times_its_floor": {name: clock.ratio(f"{name}_least", f"{name}_floor") for name in OURS},
     }
 
 
