@@ -6,7 +6,8 @@ python benchmarks/guided_sampling.py --output guided_sampling.json
 All draw one image of 64 patches for each of 4 prompts, with guidance, in 10 steps of one evaluation each (Euler's
 method for the peer), all prompts in one batch. Prompts are 32 tokens; the DiT of diffusers, with the loop of its own
 pipeline, has a class instead and so nothing to read. The floor is every linear layer's product, without attention; the
-least that drawing can do adds attention's own products.
+least that drawing can do adds attention's own products. In bfloat16 the peer is under autocast, since it does not run
+with such weights; all others have them.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def draw_dit(model: nn.Module, prompts: torch.Tensor, num_steps: int) -> None:
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(num_steps)
     labels = torch.cat([prompts[:, 0] % NUM_CLASSES, torch.full((len(prompts),), NUM_CLASSES)])
-    latents = torch.randn(len(prompts), CHANNELS, PATCH_SIZE * SIDE, PATCH_SIZE * SIDE)
+    latents = torch.randn(len(prompts), CHANNELS, PATCH_SIZE * SIDE, PATCH_SIZE * SIDE, dtype=model.dtype)
     for timestep in scheduler.timesteps:
         inputs = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
         noise = model(inputs, timestep=timestep.expand(len(inputs)), class_labels=labels).sample
@@ -88,8 +89,8 @@ def draw_dit(model: nn.Module, prompts: torch.Tensor, num_steps: int) -> None:
         latents = scheduler.step(uncond + GUIDANCE_SCALE * (cond - uncond), timestep, latents).prev_sample
 
 
-def draw(deed: Callable[[], object], dtype: torch.dtype) -> None:
-    """Draws in `dtype`."""
+def draw_autocast(deed: Callable[[], object], dtype: torch.dtype) -> None:
+    """Draws in `dtype` with weights that are not."""
     with autocast(dtype):
         deed()
 
@@ -118,9 +119,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = torch.randint(6, VOCAB_SIZE, (arguments.batch_size, PROMPT_LENGTH))
     deeds: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
+        if name != "peer":  # whose weights must be float32
+            model.to(dtype)
         way = {"peer": draw_peer, "dit": draw_dit}.get(name, draw_ours)
         images = partial(way, model.eval(), prompts, arguments.num_inference_steps)
-        deeds[name] = partial(draw, images, dtype)
+        deeds[name] = partial(draw_autocast, images, dtype) if name == "peer" else images
         deeds[f"{name}_floor"] = products_alone(record_products(model, images), dtype=dtype)
         if name in OURS:
             sizes = arguments.batch_size, arguments.num_inference_steps

@@ -124,7 +124,9 @@ def common_parser(description: str | None) -> argparse.ArgumentParser:
     parser = benchmark_parser(description)
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_layers", type=int, default=8)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="bfloat16: autocast, for all alike.")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="bfloat16: autocast; in drawing the peer's alone."
+    )
     parser.add_argument(
         "--torch_compile", action="store_true", help="Compiles ours; peers and floors stay as they are."
     )
