@@ -119,7 +119,7 @@ class CheckpointInputs:
         path = self.place / CONFIG
         if rng.random() < 0.35:
             path = rng.choice([file for file in self._files(".json") if file.name != "tokenizer.json"])
-        if not path.exists():
+        if not path.is_file():
             return "no config"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ class CheckpointInputs:
     def _damage_file(self, rng: Random) -> str:
         """Damages the bytes of a file."""
         weights = self.place / WEIGHTS
-        path = weights if weights.exists() and rng.random() < 0.4 else rng.choice(self._files())
+        path = weights if weights.is_file() and rng.random() < 0.4 else rng.choice(self._files())
         path.write_bytes(damage(path.read_bytes(), rng))
         return f"{path.name} damaged"
 
@@ -194,6 +194,8 @@ class CheckpointInputs:
     def _put_pickle(self, rng: Random) -> str:
         """Puts a pickle that does something in the place of the weights, under their name or that of old."""
         weights = self.place / WEIGHTS
+        if weights.is_dir():  # put there before
+            weights.rmdir()
         weights.unlink(missing_ok=True)
         name = rng.choice(("pytorch_model.bin", WEIGHTS, "diffusion_pytorch_model.bin", "model.pt"))
         (self.place / name).write_bytes(pickle.dumps(Trap(self.trap)))

@@ -69,11 +69,17 @@ def test_an_unknown_preset_names_the_known_ones():
         ({"vae_config": {"latent_channels": 4, "block_out_channels": [1, 1, 1]}}, "vae_config.*scaling_factor"),
         ({"drawing_guidance_scale": 0.5}, "drawing_guidance_scale.*0.5"),
         ({"image_token_id": 99999}, "image_token_id.*99999"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps.*1000000000.*at most 1000000"),
     ],
 )
 def test_fields_out_of_range_are_refused_by_name(fields, match):
     with pytest.raises(StrictDataclassClassValidationError, match=match):
         TransfusionConfig(**fields)
+
+
+def test_a_trunk_without_heads_is_refused_before_the_library_divides_by_them():
+    with pytest.raises(ValueError, match="text_config.num_attention_heads.*=0 must be at least 1"):
+        TransfusionConfig(text_config={"model_type": "llama", "num_attention_heads": 0})
 
 
 def test_a_configuration_survives_saving(make_config, tmp_path, tiny_vae):

@@ -31,6 +31,7 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 
 # Beyond every model there is: a number of layers that is a slip of the pen is not built until memory is full.
 MAX_LAYERS = 1024
+MAX_TRAIN_TIMESTEPS = 1_000_000  # schedulers make a list of them
 
 # Channels of each U-Net level by patch size. Source: Transfusion, section 4.3 (0.27B for both ways, whatever the
 # backbone); the plan is ours, and gives 259M to 268M over the presets and patch sizes. The paper runs 1 without one.
@@ -76,7 +77,8 @@ class TransfusionConfig(PreTrainedConfig):
         prediction_type (`str`, defaults to `"epsilon"`):
             What the model predicts from a noised image, in diffusers' words: `"epsilon"` (the paper),
             `"v_prediction"`, or `"flow_prediction"` (noise minus image, for the flow matching schedulers).
-        num_train_timesteps (`int`, defaults to 1000): Number of noise levels; a flow's time runs over the same range.
+        num_train_timesteps (`int`, defaults to 1000): Number of noise levels, at most 1,000,000; a flow's time runs
+            over the same range.
         timestep_sampling (`str`, defaults to `"uniform"`):
             Law of the training timesteps: `"uniform"` or `"logit_normal"` (location 0, scale 1).
         diffusion_loss_weight (`float`, defaults to 5.0): Lambda, the weight of the image loss against the text loss.
@@ -132,6 +134,8 @@ class TransfusionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.unet_block_out_channels is None:
             self.unet_block_out_channels = list(UNET_BLOCK_OUT_CHANNELS.get(self.patch_size, ()))
+        if isinstance(self.text_config, dict) and self.text_config.get("num_attention_heads") == 0:
+            raise ValueError("`text_config.num_attention_heads`=0 must be at least 1.")  # before Llama divides by it
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
 
@@ -147,6 +151,10 @@ class TransfusionConfig(PreTrainedConfig):
         ):
             if (value := self.__dict__[name]) < 1:
                 raise ValueError(f"`{name}`={value} must be at least 1.")
+        if self.num_train_timesteps > MAX_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"`num_train_timesteps`={self.num_train_timesteps} must be at most {MAX_TRAIN_TIMESTEPS}."
+            )
         layers = {"unet_layers_per_block": self.unet_layers_per_block}
         layers["text_config.num_hidden_layers"] = self.text_config.num_hidden_layers
         for name, value in layers.items():
