@@ -32,6 +32,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -120,10 +121,12 @@ def fork(work: Callable[[], Any], folder: Path, last_operation: int | None = Non
     log = folder.with_suffix(".log")
     number = os.fork()
     if number:
+        with suppress(ProcessLookupError):  # it has ended already
+            os.setpgid(number, number)  # on both sides, so that it can be killed at once
         return number
     status = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(output, stream)
