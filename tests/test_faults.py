@@ -22,3 +22,19 @@ def test_killed_recipes_leave_what_undisturbed_ones_leave(tmp_path: Path) -> Non
     assert counts.keys() == {"train", "encode", "index", "publish"}
     assert sum(count["num_kills"] for count in counts.values()) == 16
     assert all(count["num_runs"] and not count["faults"] for count in counts.values())
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from faults import fork, wait
+for number in range(20):
+    assert wait(fork(lambda: time.sleep(60), Path(sys.argv[1], "work")), seconds=0) is None
+"""
+
+
+def test_what_has_hardly_begun_is_killed_too(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
