@@ -210,7 +210,10 @@ def keep_fitting(source: OpenedSource, limit: DocumentLimit) -> Dataset:
     )
     kept = np.flatnonzero(fitting["fits"])
     if len(kept) == 0:
-        raise ValueError(f"`sources`: no row of {source.name!r} fits into the model's {limit.max_tokens} positions.")
+        raise ValueError(
+            f"`sources`: no row of {source.name!r} fits into the {limit.max_tokens} positions of a window "
+            "(`window_length`, at most the model's own)."
+        )
     if len(kept) < len(source.rows):
         print(f"{source.name}: {len(source.rows) - len(kept)} of {len(source.rows)} rows are too long and left out.")
     return source.rows.select(kept) if len(kept) < len(source.rows) else source.rows

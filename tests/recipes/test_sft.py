@@ -91,6 +91,21 @@ def test_a_checkpoint_of_a_tuning_is_exported_with_its_template(transfusion, tun
     assert templates == ["{prompt}<image>"] * 2
 
 
+@pytest.mark.parametrize("family", ["transfusion", "cm3leon"])
+def test_documents_in_packed_windows_teach_what_they_teach_alone(family, run, codes, tune, entries):
+    of_base, spans = ({}, {}) if family == "transfusion" else (codes, {"max_spans": 1})
+    base = run("base", max_steps=1, **of_base)
+    fields = spans | {"reports_start": False, "num_samples": 1, "max_steps": 3, "rehearsal_share": 0.0}
+    alone, packed = (
+        [
+            [entry[name] for name in ("loss", "grad_norm", "num_items_seen")]
+            for entry in entries(tune(base, f"window_{length}", window_length=length, **fields)).values()
+        ]
+        for length in ("none", 300)
+    )
+    assert len(alone) == 3 and torch.allclose(torch.tensor(packed), torch.tensor(alone), rtol=2e-3)
+
+
 def test_shares_are_those_asked_for_where_they_are_not_clipped(transfusion, tune):
     shares = {"source_shares": [0.05, 0.95], "rehearsal_share": 0.0, "reports_start": False, "num_samples": 1}
     for is_clipped, told in ((True, ("15.0%", "85.0%")), (False, ("5.0%", "95.0%"))):
@@ -243,6 +258,7 @@ def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
         ({"lora_dropout": 0.1}, "`lora_dropout`=0.1 needs a `lora_rank` above 0"),
         ({"answer_masking_share": 0.8}, "`answer_masking_share`=0.8, but the model has `objective`=None"),
         ({"whole_segment_share": 0.2}, "`whole_segment_share`=0.2, but the model has `objective`=None"),
+        ({"window_length": 10}, "no row of 'edit@.*' fits into the 10 positions of a window .`window_length`"),
         ({"lora_rank": 2, "lora_modules_to_save": ["nowhere"]}, "no part .* ends in 'nowhere'"),
         ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
     ],
