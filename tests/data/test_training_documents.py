@@ -72,6 +72,15 @@ def test_latents_are_drawn_around_their_mean_and_anew_for_every_sample():
     assert abs(draws.mean() - 2) < 0.02 and abs(draws.std() - 0.5) < 0.02
 
 
+def test_latents_are_their_mean_where_they_are_not_sampled():
+    mean, std = np.full((5, 2, 6), 2.0, np.float16), np.full((5, 2, 6), 0.5, np.float16)
+    arguments = DocumentArguments(image_first_share=0, caption_dropout=0, samples_latents=False)
+    rows = [{"latent_mean": mean, "latent_std": std, "text": "a"}]
+    dataset = documents_of(rows, latent_shape=(5, 2, 2), arguments=arguments)
+    for number in range(3):
+        np.testing.assert_array_equal(dataset[SampleKey(number, 0, 0)]["images"][0], mean)
+
+
 @pytest.mark.parametrize("channels", [3, 5])
 def test_pictures_for_a_vae_get_noise_of_its_latents_shape(channels):
     rows = [{"image": Image.new("RGB", (8, 8)), "text": "a"}]

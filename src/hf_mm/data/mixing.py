@@ -39,6 +39,13 @@ class DocumentArguments:
             "help": "Timesteps below which image-first images are noised, in models that noise them. Table 8: 500."
         },
     )
+    samples_latents: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether latents that were encoded before are sampled from what the VAE says of a picture, as in "
+            "latent diffusion (arXiv 2112.10752); false: their mean, without noise that nothing can predict."
+        },
+    )
     text_token_share: float = field(
         default=0.5, metadata={"help": "Share of tokens from the text-only rows, if there are any. Sec. 4.1: 1:1."}
     )

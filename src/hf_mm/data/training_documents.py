@@ -167,12 +167,14 @@ class NoisedDocuments(TrainingDocuments):
         return document
 
     def _read_image(self, row: dict[str, Any], part: dict[str, Any], generator: torch.Generator) -> torch.Tensor:
-        """Returns a picture in [-1, 1], or latents drawn from what the encoder saved of it."""
+        """Returns a picture in [-1, 1], or latents from what the encoder saved of it, sampled or their mean."""
         held = {**row, **part}  # a part of a document or a task has a picture of its own
         if "latent_mean" in held:
             mean, std = (
                 torch.as_tensor(np.asarray(held[name], dtype=np.float32)) for name in ("latent_mean", "latent_std")
             )
+            if not self.arguments.samples_latents:
+                return mean
             return mean + std * torch.randn(mean.shape, generator=generator)
         if "pixels" in held:
             pixels = np.asarray(held["pixels"], dtype=np.uint8)
