@@ -80,7 +80,7 @@ def test_every_size_states_the_same_but_for_the_size():
     ("name", "tokenizer", "millions"),
     [
         ("cm3leon_tiny", "vq_tiny", 1.02),
-        ("cm3leon_icons", "vq_64px", 10.7),
+        ("cm3leon_icons", "vq_48px", 10.65),
         ("chameleon_tiny", "vq_tiny", 1.20),
     ],
 )
@@ -105,7 +105,7 @@ def test_small_models_fit_their_tokenizers_and_are_as_large_as_their_recipes_say
     assert config.max_position_embeddings - side**2 - 3 - 3 * values["max_spans"] > 60
     assert config.objective == "causal" or config.num_sentinel_tokens >= values["max_spans"]
 
-    letters = np.random.default_rng(0).integers(ord("a"), ord("e"), (2000, 7))
+    letters = np.random.default_rng(0).integers(ord("a"), ord("f"), (3000, 7))
     words = ["".join(map(chr, word)) for word in letters]
     text_tokenizer = train_text_tokenizer([f"{word} {word}" for word in words], values["vocab_size"])
     assert len(text_tokenizer) == values["vocab_size"]
@@ -121,7 +121,7 @@ def test_small_models_fit_their_tokenizers_and_are_as_large_as_their_recipes_say
     [
         ("cm3leon_tiny", "vq_tiny", "shapes"),
         ("chameleon_tiny", "vq_tiny", "shapes"),
-        pytest.param("cm3leon_icons", "vq_64px", "icons", marks=pytest.mark.slow),
+        pytest.param("cm3leon_icons", "vq_48px", "icons", marks=pytest.mark.slow),
     ],
 )
 def test_small_recipes_run(name, tokenizer, scenes, tmp_path, monkeypatch):
@@ -133,6 +133,7 @@ def test_small_recipes_run(name, tokenizer, scenes, tmp_path, monkeypatch):
     own = [f"--image_tokenizer_name={tmp_path / 'vq'}", f"--output_dir={tmp_path / 'codes'}"]
     encode_images.main([*words.split(), *own])
     words = "--max_steps 2 --warmup_steps 1 --per_device_train_batch_size 3 --num_samples 1 --report_to none"
+    words += " --torch_compile false"
     own = [own[0], f"--output_dir={tmp_path / 'run'}", f"--dataset_name={tmp_path / 'codes'}", *words.split()]
     folder = pretrain.main([f"--config=recipes/configs/{name}_pretrain.yaml", "--num_eval_documents=2", *own])
     assert (folder / "samples.png").exists() and (folder / "model.safetensors").exists()
