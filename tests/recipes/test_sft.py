@@ -17,6 +17,7 @@ import export_checkpoint
 import sft
 from adapting import AdapterArguments, add_adapters
 from hf_mm.cards import rename
+from hf_mm.data import collators
 from hf_mm.data.tasks import SOURCES as SOURCES_OF_PAPER
 from hf_mm.data.tasks import TASKS
 from hf_mm.training.checkpoint import list_checkpoints
@@ -92,7 +93,10 @@ def test_a_checkpoint_of_a_tuning_is_exported_with_its_template(transfusion, tun
 
 
 @pytest.mark.parametrize("family", ["transfusion", "cm3leon"])
-def test_documents_in_packed_windows_teach_what_they_teach_alone(family, run, codes, tune, entries):
+def test_documents_in_packed_windows_teach_what_they_teach_alone(family, run, codes, tune, entries, monkeypatch):
+    packings = []
+    pack = collators.pack_windows
+    monkeypatch.setattr(collators, "pack_windows", lambda *given: packings.append(pack(*given)) or packings[-1])
     of_base, spans = ({}, {}) if family == "transfusion" else (codes, {"max_spans": 1})
     base = run("base", max_steps=1, **of_base)
     fields = spans | {"reports_start": False, "num_samples": 1, "max_steps": 3, "rehearsal_share": 0.0}
@@ -104,6 +108,7 @@ def test_documents_in_packed_windows_teach_what_they_teach_alone(family, run, co
         for length in ("none", 300)
     )
     assert len(alone) == 3 and torch.allclose(torch.tensor(packed), torch.tensor(alone), rtol=2e-3)
+    assert len(packings) >= 3 and all(len(windows) < 4 for windows in packings)
 
 
 def test_shares_are_those_asked_for_where_they_are_not_clipped(transfusion, tune):
