@@ -291,10 +291,9 @@ class DocumentBatches:
     Args:
         model (`PreTrainedModel`): Gives the timesteps and shapes of its images, or the ids of its codes' delimiters.
         processor (`ProcessorMixin`): Lays documents out.
-        arguments (`DocumentArguments`): Order, dropout and noise cap.
+        arguments (`DocumentArguments`): Order, dropout, noise cap and windows.
         spans (`SpanArguments`): Masked spans, in models that read codes and are not causal.
         form_weights (`dict`): Chances of the caption forms.
-        window_length (`int`, *optional*): Packs documents into windows.
     """
 
     def __init__(
@@ -304,11 +303,10 @@ class DocumentBatches:
         arguments: DocumentArguments,
         spans: SpanArguments,
         form_weights: dict[str, float],
-        window_length: int | None,
     ) -> None:
-        self.processor, self.window_length = processor, window_length
+        self.processor, self.window_length = processor, arguments.window_length
         longest = model.config.get_text_config().max_position_embeddings
-        max_tokens = min(window_length or longest, longest)
+        max_tokens = min(self.window_length or longest, longest)
         self.encodes_pictures = not reads_codes(model) and find_image_tokenizer(model) is not None
         kind, fields, num_reserved = choose_documents(model, spans)
         self.limit = DocumentLimit(max_tokens - num_reserved, processor.tokens_per_image(), processor.tokenizer)
@@ -320,6 +318,18 @@ class DocumentBatches:
             max_tokens=max_tokens,
             **fields,
         )
+
+    def refuse_no_caption_room(self) -> None:
+        """Refuses windows that hold no pair.
+
+        Raises:
+            ValueError: If beside a picture no token of a caption fits.
+        """
+        if (room := self.limit.caption_room) < 1:
+            raise ValueError(
+                f"`window_length`={self.window_length} (none: the model's `max_position_embeddings`) has no room for "
+                f"a picture and a caption. Raise it by at least {1 - room}."
+            )
 
     def retrieve(self, retrieval: RetrievedPairs) -> None:
         """Puts retrieved pairs in front of those that have neighbours, from now on.

@@ -49,7 +49,6 @@ from task_sources import iterate_task_texts, load_task_texts
 class PretrainArguments(HeldOutArguments):
     """What pretraining reads and shows beside its pairs."""
 
-    window_length: int | None = field(default=None, metadata={"help": "Pack documents into windows of that length."})
     text_dataset_name: str | None = field(default=None, metadata={"help": "Text-only rows: a Hub id or a folder."})
     text_dataset_config_name: str | None = field(default=None, metadata={"help": "Their configuration."})
     text_dataset_split: str = field(default="train", metadata={"help": "Their split, e.g. train or train[:100000]."})
@@ -130,12 +129,7 @@ def prepare_run_rows(
     output_dir: Path,
 ) -> RunRows:
     """Cleans and filters the pairs so that each fits into a window, and opens the other rows."""
-    if (room := limit.caption_room) < 1:
-        raise ValueError(
-            f"`window_length`={extra.window_length} (none: the model's `max_position_embeddings`) has no room for a "
-            f"picture and a caption. Raise it by at least {1 - room}."
-        )
-    caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
+    caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or limit.caption_room, limit.caption_room)
     pairs, report = prepare_rows(pairs, data_args, caption_args, tokenizer, limit)
 
     def prepare(rows: Dataset, source: DatasetArguments) -> Dataset:
@@ -218,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tokenizer = find_text_tokenizer(model_args, pairs, output_dir, accelerator, task_texts)
     model, processor = build_model(model_args, config, tokenizer)
     refuse_unfit_rows(pairs, data_args.dataset_name, model)
-    form_weights = caption_args.form_weights()
-    documents = DocumentBatches(model, processor, document_args, spans, form_weights, extra.window_length)
+    documents = DocumentBatches(model, processor, document_args, spans, caption_args.form_weights())
+    documents.refuse_no_caption_room()
     filters = (processor.tokenizer, documents.limit, data_args, caption_args, extra)
     with accelerator.main_process_first():
         memory = TrainingMemory.open(retrieval, pairs, data_args, model, open_size)

@@ -92,9 +92,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     tokenizer = find_text_tokenizer(model_args, rows, output_dir, accelerator, task_texts)
     model, processor = build_model(model_args, config, tokenizer)
     refuse_unfit_rows(rows, data_args.dataset_name, model)
-    documents = DocumentBatches(
-        model, processor, document_args, spans, caption_args.form_weights(), extra.window_length
-    )
+    documents = DocumentBatches(model, processor, document_args, spans, caption_args.form_weights())
+    documents.refuse_no_caption_room()
     room = documents.limit.caption_room
     caption_args.max_caption_tokens = min(caption_args.max_caption_tokens or room, room)
     rows, _ = prepare_rows(rows, data_args, caption_args, processor.tokenizer, documents.limit)

@@ -62,12 +62,6 @@ class TuningArguments:
     )
     num_samples: int = field(default=8, metadata={"help": "Examples of each task in the grids."})
     reports_start: bool = field(default=True, metadata={"help": "Whether tasks are scored before training too."})
-    window_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Pack documents into windows of that length; tasks differ much in theirs, so padding is half."
-        },
-    )
 
 
 ARGUMENTS = (
@@ -189,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     model, processor = build_model(model_args, config, None)
     if tuning.edit_template is not None:
         processor.edit_template = tuning.edit_template
-    documents = DocumentBatches(
-        model, processor, document_args, spans, caption_args.form_weights(), tuning.window_length
-    )
+    documents = DocumentBatches(model, processor, document_args, spans, caption_args.form_weights())
     documents.fill_tasks(TaskContent.for_objective(task_args, objective))
     with accelerator.main_process_first():
         opened = [open_source(spec, source_args, config.image_size, recipe.seed) for spec in source_args.sources]

@@ -73,9 +73,7 @@ def measure_cost(words: Sequence[str], folder: Path) -> dict[str, float]:
     model, processor = build_model(model_args, config, tokenizer)
     refuse_unfit_rows(rows, data_args.dataset_name, model)
     model.set_attn_implementation("eager")
-    documents = DocumentBatches(
-        model, processor, document_args, spans, caption_args.form_weights(), extra.window_length
-    )
+    documents = DocumentBatches(model, processor, document_args, spans, caption_args.form_weights())
     per_step = recipe.gradient_accumulation_steps
     sampler = StepSampler(len(rows), recipe.per_device_train_batch_size, recipe.seed, batches_per_step=per_step)
     batches = list(islice(documents.endless(rows, None, sampler, recipe.seed, 0), NUM_COUNTED))

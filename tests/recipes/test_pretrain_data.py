@@ -155,7 +155,7 @@ def documents(tmp_path, make_words):
     config = load_config(arguments)
     model, processor = build_model(arguments, config, load_text_tokenizer(tmp_path / "tokenizer"))
     forms = {"description": 1.0}
-    batches = DocumentBatches(model, processor, DocumentArguments(image_first_share=0), SpanArguments(), forms, None)
+    batches = DocumentBatches(model, processor, DocumentArguments(image_first_share=0), SpanArguments(), forms)
     return batches, config.text_config.max_position_embeddings
 
 

@@ -61,6 +61,8 @@ def test_what_needs_rows_by_number_is_refused(make_words, tmp_path):
                          ("eval_dataset_name", "me/others")):  # fmt: skip
         with pytest.raises(ValueError, match=f"`{field}.* needs rows by number"):
             pretrain_stream.main(make_words("run", **{field: value}))
+    with pytest.raises(ValueError, match="`window_length`=20 .* has no room for a picture and a caption"):
+        pretrain_stream.main(make_words("run", window_length=20))
 
 
 def test_the_commands_at_its_head_read_the_recipe_and_its_tasks(monkeypatch, tmp_path):

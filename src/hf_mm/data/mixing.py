@@ -46,6 +46,10 @@ class DocumentArguments:
             "latent diffusion (arXiv 2112.10752); false: their mean, without noise that nothing can predict."
         },
     )
+    window_length: int | None = field(
+        default=None,
+        metadata={"help": "Pack documents into windows of that length; none: each is padded to a batch's longest."},
+    )
     text_token_share: float = field(
         default=0.5, metadata={"help": "Share of tokens from the text-only rows, if there are any. Sec. 4.1: 1:1."}
     )
