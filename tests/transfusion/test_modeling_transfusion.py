@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -706,6 +707,32 @@ def test_the_training_forward_compiles_without_graph_breaks(make_model, lay_out,
         batch["position_ids"] = torch.arange(length)[None].expand(2, -1).contiguous()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch, use_cache=False).loss, model(**batch, use_cache=False).loss)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("patch_positions", ["running", "rotary"])
+def test_one_graph_serves_any_number_of_images_and_windows(make_model, lay_out, patch_positions):
+    model = make_model(patch_positions=patch_positions).train()
+    document = lay_out(model.config, BOS, 11, (4, 6), 12, EOS)
+    torch.compiler.reset()  # else it knows from other tests which sizes change
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for num_windows, num_images in ((2, 4), (3, 6), (4, 6), (3, 5), (5, 9)):
+        texts = [2 * len(document)] * num_windows
+        for window in range(2 * num_windows - num_images):
+            texts[window] = len(document)  # the other half holds text alone
+        ids = torch.tensor([(document * 2)[:length] + [11] * (2 * len(document) - length) for length in texts])
+        batch = {
+            "input_ids": ids,
+            "labels": ids.masked_fill(ids == model.config.image_token_id, -100),
+            "position_ids": torch.arange(len(document)).repeat(2).repeat(num_windows, 1),
+            "latents": torch.randn(num_images, 3, 4, 6),
+            "timesteps": torch.arange(num_images) * 100,
+            "noise": torch.randn(num_images, 3, 4, 6),
+        }
+        torch.testing.assert_close(compiled(**batch, use_cache=False).loss, model(**batch, use_cache=False).loss)
+    assert counter.frame_count == 2  # of the first sizes, then of all
 
 
 class HostWaits(TorchDispatchMode):

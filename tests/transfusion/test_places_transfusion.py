@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from hf_mm.transfusion import TransfusionConfig, TransfusionForConditionalGeneration
-from hf_mm.transfusion.places_transfusion import PlaceRotaryEmbedding, add_places
+from hf_mm.transfusion.places_transfusion import PlaceRotaryEmbedding, add_places, grid_places, patch_places
 
 
 HEAD_DIM, SIDE = 32, 8
@@ -28,7 +28,7 @@ def slower_half(vectors):
 
 def two_pictures(gap):
     is_image = torch.tensor([[False, *[True] * SIDE**2, *[False] * gap, *[True] * SIDE**2]])
-    return is_image, add_places(None, is_image, [(SIDE, SIDE)] * 2)
+    return is_image, add_places(None, is_image, grid_places(SIDE, SIDE).repeat(1, 2))
 
 
 @pytest.mark.parametrize("gap", [1, 40])
@@ -70,7 +70,8 @@ def test_text_is_nowhere_in_a_picture(rotary):
 
 def test_rows_and_columns_of_pictures_of_different_sizes():
     is_image = torch.tensor([[True] * 6 + [False] * 2, [False] + [True] * 3 + [False] + [True] * 2 + [False]])
-    running, rows, columns = add_places(torch.arange(8)[None], is_image, [(2, 3), (3, 1), (1, 2)])
+    places = patch_places(torch.Size([3, 4, 6, 6]), torch.tensor([[4, 6], [6, 2], [2, 4]]), patch_size=2)
+    running, rows, columns = add_places(torch.arange(8)[None], is_image, places)
     assert running.tolist() == [list(range(8))] * 2
     assert rows.tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 2, 0, 0, 0, 0]]
     assert columns.tolist() == [[0, 1, 2, 0, 1, 2, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0]]

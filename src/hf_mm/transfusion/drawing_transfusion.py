@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .caches_transfusion import join_caches, with_image_room
 from .noise_transfusion import build_scheduler, check_scheduler, set_timesteps
-from .places_transfusion import add_places
+from .places_transfusion import add_places, grid_places
 
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -154,7 +154,8 @@ class DrawingMixin:
         mask = self.model.create_masks(shape_only, full, past_key_values, position_ids, block_ids)
         if self.config.patch_positions == "rotary":
             is_image = torch.ones_like(position_ids, dtype=torch.bool)
-            position_ids = add_places(position_ids, is_image, [grid] * len(position_ids))
+            places = grid_places(*grid).to(is_image.device, non_blocking=True).repeat(1, len(position_ids))
+            position_ids = add_places(position_ids, is_image, places)
         return mask, position_ids
 
     @apply_forward_hook  # offloaded weights are brought back by `forward` alone

@@ -119,24 +119,12 @@ def refuse_off_grid(height: int, width: int, patch_size: int) -> None:
         raise ValueError(f"an image is {height} x {width} latent pixels; both must be multiples of {patch_size}.")
 
 
-def find_grids(shape: torch.Size, image_sizes: torch.Tensor | None, patch_size: int) -> list[tuple[int, int]]:
-    """Rows and columns of patches of each image of latents of `shape`, in reading order.
-
-    Raises:
-        ValueError: If an image is no multiple of the patch size.
-    """
-    sizes = [tuple(shape[-2:])] * shape[0] if image_sizes is None else image_sizes.tolist()
-    for height, width in dict.fromkeys(map(tuple, sizes)):
-        refuse_off_grid(height, width, patch_size)
-    return [(height // patch_size, width // patch_size) for height, width in sizes]
-
-
-def find_patches(is_image: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def find_patches(is_image: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Finds where the patches of the images stand, asking the device once whether the placeholders are right.
 
     Args:
         is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): True on placeholders.
-        lengths (`list[int]`): Patches of each image, in reading order.
+        places (`torch.LongTensor` of shape `(2, num_patches)`): Row and column of each patch, as of `patch_places`.
 
     Returns:
         `torch.LongTensor` of shape `(num_patches,)`: indices into the flattened batch.
@@ -144,13 +132,15 @@ def find_patches(is_image: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     Raises:
         ValueError: If the runs of placeholders are not the images.
     """
-    total = sum(lengths)
-    wrong_number = f"`input_ids` holds another number of image placeholders than the images' {total} patches."
+    total = places.shape[1]
+    # A number told would bind a compiled graph to it.
+    number = "" if torch.compiler.is_compiling() else f" {total}"
+    wrong_number = f"`input_ids` holds another number of image placeholders than the images'{number} patches."
     if total > is_image.numel():
         raise ValueError(wrong_number)
     # A stable sort finds the patches without asking the device how many there are.
     patch_index = torch.argsort((~is_image).flatten().to(torch.uint8), stable=True)[:total]
-    is_first = torch.cat([torch.arange(length) == 0 for length in lengths]).to(is_image.device, non_blocking=True)
+    is_first = (places == 0).all(0)
     has_number = is_image.sum() == total
     has_lengths = (image_starts(is_image).flatten()[patch_index] == is_first).all()
     wrong_lengths = "`input_ids`: the runs of image placeholders do not have the lengths of the images, in this order."

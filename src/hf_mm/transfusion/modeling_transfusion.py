@@ -28,7 +28,6 @@ from .layout_transfusion import (
     ImageStates,
     TransfusionModelOutput,
     TransfusionOutput,
-    find_grids,
     find_patches,
     image_block_ids,
     refuse_leaky_packing,
@@ -37,7 +36,7 @@ from .loading_transfusion import refuse_damaged, refuse_unbuildable
 from .noise_transfusion import CLEAN_TIMESTEP, NoiseProcess
 from .objective_transfusion import ObjectiveMixin
 from .patching_transfusion import UNetPatchIn, build_patch_layers
-from .places_transfusion import PlaceRotaryEmbedding, add_places
+from .places_transfusion import PlaceRotaryEmbedding, add_places, patch_places
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -302,10 +301,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
             if timesteps is None:
                 timesteps = torch.full((len(latents),), CLEAN_TIMESTEP, device=latents.device)
             is_image = input_ids == self.config.image_token_id
-            grids = find_grids(latents.shape, image_sizes, self.config.patch_size)
-            patch_index = find_patches(
-                is_image, [height * width for height, width in grids]
-            )  # before the device has much to do, for the host waits here
+            places = patch_places(latents.shape, image_sizes, self.config.patch_size)
+            places = places.to(is_image.device, non_blocking=True)
+            patch_index = find_patches(is_image, places)  # before the device has much to do, for the host waits here
             patches, groups = self.read_images(latents.to(inputs_embeds.dtype), timesteps, image_sizes)
             images = ImageStates(groups, timesteps, patch_index)
             inputs_embeds = inputs_embeds.masked_scatter(is_image[..., None], patches.to(inputs_embeds.dtype))
@@ -313,7 +311,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             attention_mask = self.create_masks(inputs_embeds, attention_mask, past_key_values, position_ids, block_ids)
             if self.config.patch_positions == "rotary":
                 past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-                position_ids = add_places(position_ids, is_image, grids, past_length)
+                position_ids = add_places(position_ids, is_image, places, past_length)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -6,18 +6,55 @@ Knows rows, columns and angles; the model says where the images stand.
 # Axes: B rows, L sequence, P patches, D width of a head.
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from .configuration_transfusion import TransfusionConfig
+from .layout_transfusion import refuse_off_grid
+
+
+def grid_places(height: int, width: int) -> torch.Tensor:
+    """Row and column of each patch of one image, `(2, height * width)`, rows first; sides in patches."""
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width)).T
+
+
+def patch_places(shape: torch.Size, image_sizes: torch.Tensor | None, patch_size: int) -> torch.Tensor:
+    """Finds row and column of each patch of the images of latents of `shape`, in reading order.
+
+    Nothing asks how many images of one size there are, so that a compiled graph serves any number.
+
+    Args:
+        shape (`torch.Size`): `(num_images, channels, height, width)` of the latents.
+        image_sizes (`torch.LongTensor` of shape `(num_images, 2)`, *optional*):
+            Height and width of each in latent pixels; `None` where all fill the latents.
+        patch_size (`int`): Side of a patch in latent pixels.
+
+    Returns:
+        `torch.LongTensor` of shape `(2, num_patches)`, on the CPU.
+
+    Raises:
+        ValueError: If an image is no multiple of the patch size.
+
+    Example:
+        >>> patch_places(torch.Size([2, 4, 2, 4]), None, patch_size=2).tolist()
+        [[0, 0, 0, 0], [0, 1, 0, 1]]
+
+    """
+    sizes = [tuple(shape[-2:])] if image_sizes is None else [tuple(size) for size in image_sizes.tolist()]
+    places = {}
+    for height, width in dict.fromkeys(sizes):
+        refuse_off_grid(height, width, patch_size)
+        places[height, width] = grid_places(height // patch_size, width // patch_size)
+    if image_sizes is None:
+        return places[sizes[0]].repeat(1, shape[0])
+    return torch.cat([places[size] for size in sizes], dim=1)
 
 
 def add_places(
     position_ids: torch.Tensor | None,
     is_image: torch.Tensor,
-    grids: Sequence[tuple[int, int]],
+    places: torch.Tensor,
     past_length: int | torch.Tensor = 0,
 ) -> torch.Tensor:
     """Adds rows and columns of patches to running positions.
@@ -26,21 +63,20 @@ def add_places(
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Running positions; counted from `past_length` if left out.
         is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): True on patches.
-        grids (`list[tuple[int, int]]`): Rows and columns of each image, in reading order.
+        places (`torch.LongTensor` of shape `(2, num_patches)`): Row and column of each patch, in reading order.
         past_length (`int`, defaults to 0): Positions in the cache.
 
     Returns:
         `torch.LongTensor` of shape `(3, batch_size, sequence_length)`: position, row and column, the latter 0 on text.
 
     Example:
-        >>> add_places(None, torch.tensor([[False, True, True]]), [(1, 2)]).tolist()
+        >>> add_places(None, torch.tensor([[False, True, True]]), grid_places(1, 2)).tolist()
         [[[0, 1, 2]], [[0, 0, 0]], [[0, 0, 1]]]
 
     """
     if position_ids is None:
         position_ids = torch.arange(is_image.shape[1], device=is_image.device)[None] + past_length
-    places = [torch.cartesian_prod(torch.arange(height), torch.arange(width)) for height, width in grids]
-    rows, columns = torch.cat(places).to(is_image.device, non_blocking=True).T
+    rows, columns = places
     text = torch.zeros_like(is_image, dtype=torch.long)
     return torch.stack(
         [
