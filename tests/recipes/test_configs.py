@@ -172,21 +172,16 @@ def test_the_recipes_of_icons_run_one_after_the_other(tmp_path, monkeypatch):
         *"--dataset_name icon_scenes:icons --image_size 64 --patch_size 4".split(),
     ]
     encode_images.main([*words, *own])
-    words = [
-        f"--output_dir={tmp_path}/base",
-        "--dataset_name",
-        latents,
-        *own,
-        *"--torch_compile false".split(),
-        *SHORT,
-    ]
+    words = ["--dataset_name", latents, *"--torch_compile false".split(), *SHORT]
     samples = "--num_eval_documents 2 --num_samples 1".split()
-    base = pretrain.main(["--config=recipes/configs/transfusion_icons_pretrain.yaml", *words, *samples])
+    config = "--config=recipes/configs/transfusion_icons_pretrain.yaml"
+    base = pretrain.main([config, f"--output_dir={tmp_path}/base", *own, *words, *samples])
     assert (base / "samples.png").exists() and (base / "model.safetensors").exists()
+    start = [f"--output_dir={tmp_path}/means", "--model_name_or_path", str(base)]
+    means = pretrain.main(["--config=recipes/configs/transfusion_icons_means.yaml", *start, *words, *samples])
     tasks = "--num_task_scenes 20 --num_eval_rows 2 --num_samples 1 --reports_start false --eval_steps 2".split()
-    words = [f"--output_dir={tmp_path}/tuned", "--model_name_or_path", str(base), "--dataset_name", latents]
-    words += ["--torch_compile", "false"]
-    tuned = sft.main(["--config=recipes/configs/transfusion_icons_sft.yaml", *words, *tasks, *SHORT])
+    start = [f"--output_dir={tmp_path}/tuned", "--model_name_or_path", str(means)]
+    tuned = sft.main(["--config=recipes/configs/transfusion_icons_sft.yaml", *start, *words, *tasks])
     assert "step 2" in (tuned / "tasks.md").read_text() and (tuned / "model.safetensors").exists()
 
 
