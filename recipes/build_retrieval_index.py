@@ -19,8 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.clip_encoder import ClipEncoder
@@ -31,7 +29,7 @@ from hf_mm.data.retrieval_source import RowSource, note_source
 from hf_mm.data.retrieval_strategy import RetrievalStrategy
 from hf_mm.data.retrieval_vectors import VectorFolder, embed_rows
 from hf_mm.data.sources import DatasetArguments
-from hf_mm.training.recipe import end_processes, parse_recipe
+from hf_mm.training.recipe import end_processes, parse_recipe, start_processes
 
 
 @dataclass
@@ -82,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         IndexArguments, RetrievalStrategy, DatasetArguments, CaptionArguments, argv=argv
     )
     folder = Path(arguments.output_dir)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = start_processes()
     share = {"process_index": state.process_index, "num_processes": state.num_processes}
     encoder = ClipEncoder.from_pretrained(arguments.clip_name, state.device)
     has_memory = arguments.memory_name is not None

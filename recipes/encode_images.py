@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from diffusers import AutoencoderKL, VQModel
 
@@ -33,7 +32,7 @@ from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.text_tokenizer import load_text_tokenizer
 from hf_mm.training.image_tokenizer_arguments import find_latent_shape
 from hf_mm.training.image_tokenizer_codecs import find_codes, measure_latent_scale
-from hf_mm.training.recipe import end_processes, parse_recipe
+from hf_mm.training.recipe import end_processes, parse_recipe, start_processes
 
 
 @dataclass
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Prepares the rows, encodes this process's shards and waits for the others."""
     arguments, data_args, caption_args = parse_recipe(EncodeArguments, DatasetArguments, CaptionArguments, argv=argv)
     output_dir = Path(arguments.output_dir)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = start_processes()
     text_tokenizer = None if arguments.tokenizer_name is None else load_text_tokenizer(arguments.tokenizer_name)
     with state.main_process_first():
         rows = open_rows(data_args, image_size=arguments.image_size, seed=arguments.seed)

@@ -160,12 +160,15 @@ class RunReport:
 
     @contextmanager
     def pipeline(self) -> Iterator[Any]:
-        """Gives the main process the drawing pipeline of the model as it stands, and the others None."""
+        """Gives the main process the drawing pipeline of the model as it stands, and the others None.
+
+        Nothing is compiled in it: prompts come in many shapes, and their graphs would use up those training may have.
+        """
         is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parts.model.parameters())
         if not is_sharded and not self.accelerator.is_main_process:
             yield None
             return
-        with self._averaged():
+        with self._averaged(), torch.compiler.set_stance("force_eager"):
             model = self.accelerator.unwrap_model(self.parts.model)
             if is_sharded:
                 model = gather_model(model)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 
 from building import DocumentBatches, build_model, find_text_tokenizer, load_config, refuse_unfit_rows
 from hf_mm.data.mixing import StepSampler
 from hf_mm.data.sources import open_rows
 from hf_mm.evaluation.scaling import count_flops, theoretical_training_flops
-from hf_mm.training.recipe import parse_recipe
+from hf_mm.training.recipe import parse_recipe, start_processes
 from pretrain import ARGUMENTS
 from task_sources import iterate_task_texts
 
@@ -64,7 +63,7 @@ def measure_cost(words: Sequence[str], folder: Path) -> dict[str, float]:
         `num_images_per_step`. Padding and what masks hide are in the counted FLOPs alone.
     """
     model_args, data_args, caption_args, document_args, spans, _, extra, recipe = parse_recipe(*ARGUMENTS, argv=words)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = start_processes()
     set_seed(recipe.seed)
     config = load_config(model_args)
     rows = open_rows(data_args, image_size=config.image_size, seed=recipe.seed)

@@ -266,7 +266,9 @@ def test_latents_are_drawn_anew_for_each_sample(rows_file: str, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_two_processes_encode_what_one_does(rows_file: str, tmp_path: Path) -> None:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    # Without ACCELERATE_USE_CPU, as a user on a CPU may start them.
+    environment = {key: value for key, value in os.environ.items() if key != "ACCELERATE_USE_CPU"}
+    environment["OMP_NUM_THREADS"] = "1"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     save_vae(tmp_path / "vae", None)
     options = ("--image_tokenizer_name", tmp_path / "vae")

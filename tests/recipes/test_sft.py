@@ -83,6 +83,25 @@ def test_tuning_leaves_a_model_its_scores_and_pictures_of_its_tasks(transfusion,
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_rows_are_answered_on_the_way_without_compiling(transfusion, tune, monkeypatch):
+    """Graphs of prompts would count towards dynamo's limit, beyond which training runs uncompiled."""
+    graphs, compile_model, report = [], torch.nn.Module.compile, sft.TaskReport.report
+
+    def note(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def watch(tasks, step):
+        before = len(graphs)
+        report(tasks, step)
+        assert len(graphs) == before
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compile_model(model, backend=note))
+    monkeypatch.setattr(sft.TaskReport, "report", watch)
+    folder = tune(transfusion, eval_steps=1, num_samples=1, torch_compile=True)
+    assert graphs and "step 2" in (folder / "tasks.md").read_text()
+
+
 def test_a_checkpoint_of_a_tuning_is_exported_with_its_template(transfusion, tune, tmp_path):
     folder = tune(transfusion, edit_template="{prompt}<image>", reports_start=False, num_samples=1)
     words = ["--checkpoint", str(folder / "checkpoint-2"), "--output_dir", str(tmp_path / "exported")]

@@ -291,10 +291,6 @@ def resolve_mixed_precision(choice: str, device_type: str) -> str:
     return "no"
 
 
-def _find_device_type() -> str:
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device.type
-
-
 def _choose_sharded_precision(plugin: FullyShardedDataParallelPlugin) -> None:
     """Keeps in float32, of a sharded run in low precision, what accelerate would round.
 
@@ -323,7 +319,7 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     """
     set_seed(recipe.seed)
     accelerator = Accelerator(
-        mixed_precision=resolve_mixed_precision(recipe.mixed_precision, _find_device_type()),
+        mixed_precision=resolve_mixed_precision(recipe.mixed_precision, start_processes().device.type),
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=recipe.gradient_accumulation_steps,
             adjust_scheduler=False,
@@ -340,6 +336,19 @@ def build_accelerator(recipe: TrainingRecipe) -> Accelerator:
     if accelerator.is_fsdp2:
         _choose_sharded_precision(accelerator.state.fsdp_plugin)
     return accelerator
+
+
+def start_processes() -> PartialState:
+    """Joins the processes that a launcher started: on the CPU by `ACCELERATE_USE_CPU`, or where there is nothing else.
+
+    Left to itself accelerate joins processes on a CPU only where it is told to: those of `torchrun` would each take
+    itself for the only one, and write into the same folder.
+
+    Returns:
+        `PartialState`: of this process. To be ended with `end_processes`, or `end_training` where there are trackers.
+
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def end_processes(state: PartialState) -> None:
