@@ -53,8 +53,8 @@ def build_upkeep(
     progress: TrainingProgress,
     seed: int,
 ) -> tuple[int | None, Callable[[int], None]]:
-    """Returns how often the codebook of a `VQModel` is looked after, and by what; another tokenizer's never."""
-    if not isinstance(trainer.codec, VQCodec):
+    """Returns how often the codebook of a `VQModel` is looked after, and by what; one that stays as it is never."""
+    if not isinstance(trainer.codec, VQCodec) or arguments.trains_decoder_only:
         return None, lambda step: None
     upkeep = CodebookUpkeep(
         trainer.codec,
@@ -74,6 +74,7 @@ def export(
     parts: TrainingParts,
     pictures: TrainingPictures,
     num_pictures: int,
+    keeps_scale: bool,
     folder: Path,
     describe: Callable[[Path, str], object],
 ) -> str:
@@ -84,6 +85,7 @@ def export(
         parts ([`TrainingParts`]): With the averaged weights.
         pictures ([`TrainingPictures`]): To measure on.
         num_pictures (`int`): How many of them.
+        keeps_scale (`bool`): Whether latents are those of before, and so is their scale.
         folder (`Path`): Where to.
         describe (`Callable[[Path, str], object]`): Writes the card into the folder, with what was measured.
 
@@ -99,7 +101,7 @@ def export(
             (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
             measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
         else:
-            scale = measure_latent_scale(tokenizer, images)
+            scale = tokenizer.config.scaling_factor if keeps_scale else measure_latent_scale(tokenizer, images)
             tokenizer.register_to_config(scaling_factor=scale)
             measured = f"latent scale {scale:.4f}"
         save_reconstructions(tokenizer, pictures.first(8), folder / "reconstructions.png")
@@ -186,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     told = {"recipe": asdict(recipe) | identity, "data_report": "" if report is None else report.to_markdown()}
     describe = partial(describe_tokenizer, tokenizer=tokenizer, find_facts=facts, **told)
     num_pictures = min(arguments.num_scale_images, len(rows))
-    save = partial(export, tokenizer, parts, pictures, num_pictures, describe=describe)
+    save = partial(export, tokenizer, parts, pictures, num_pictures, arguments.trains_decoder_only, describe=describe)
     push_every = push.every(lambda folder: save(folder) if accelerator.is_main_process else None)
     revival_steps, upkeep = build_upkeep(arguments, trainer, parts, pictures, progress, recipe.seed)
-    if first_step == 0:
+    if first_step == 0 and arguments.model_name_or_path is None:  # whose codes would be lost
         upkeep(0)
     train(
         accelerator,

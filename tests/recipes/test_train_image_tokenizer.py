@@ -139,6 +139,42 @@ def test_a_trained_codebook_can_be_trained_further(run_vq):
         )
 
 
+def test_a_codebook_that_is_trained_further_is_not_drawn_anew(run_vq):
+    folder = run_vq("--max_steps", "2")
+    words = ["--max_steps", "2", "--model_name_or_path", str(folder), "--learning_rate", "1e-6"]
+    further = run_vq(*words, "--code_revival_steps", "none", folder="further")
+    name = "quantize.embedding.weight"
+    torch.testing.assert_close(weights_of(further)[name], weights_of(folder)[name], atol=1e-5, rtol=0)
+
+
+def test_a_decoder_is_trained_alone_and_latents_keep_their_scale(run):
+    folder = run("--max_steps", "2")
+    words = ["--max_steps", "2", "--trains_decoder_only", "true", "--model_name_or_path"]
+    further = run(*words, str(folder), "--latent_noise_scale", "0.5", "--seed", "1", folder="further")
+    first, second = (AutoencoderKL.from_pretrained(place, use_safetensors=True) for place in (folder, further))
+    assert first.config.scaling_factor == second.config.scaling_factor
+    weights = second.state_dict()
+    moved = {name for name, weight in first.state_dict().items() if not torch.equal(weight, weights[name])}
+    assert moved and {name.partition(".")[0] for name in moved} == {"decoder", "post_quant_conv"}
+    with pytest.raises(ValueError, match="`trains_decoder_only`=True needs `model_name_or_path`"):
+        run("--trains_decoder_only", "true", folder="wrong")
+    with pytest.raises(ValueError, match="`latent_noise_scale`=2.0 must be at least 0 and at most 1"):
+        run("--latent_noise_scale", "2", folder="wrong")
+
+
+def test_a_decoder_is_trained_alone_behind_codes_that_stay(run_vq):
+    folder = run_vq("--max_steps", "2")
+    alone = ["--model_name_or_path", str(folder), "--trains_decoder_only", "true"]
+    further = run_vq("--max_steps", "2", *alone, "--code_revival_steps", "none", "--local_codes", "false", folder="on")
+    first, second = weights_of(folder), weights_of(further)
+    moved = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+    with pytest.raises(ValueError, match="`local_codes`=True trains codes"):
+        run_vq(*alone, folder="wrong")
+    with pytest.raises(ValueError, match="`code_revival_steps`=2 draws codes anew"):
+        run_vq(*alone, "--local_codes", "false", folder="wrong")
+
+
 @pytest.mark.slow
 def test_two_processes_revive_the_same_codes_as_one(tmp_path):
     def launch(folder: str, num_processes: int, rows: int) -> Path:

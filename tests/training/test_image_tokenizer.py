@@ -117,6 +117,15 @@ def test_feature_network_is_loaded_from_safetensors_and_never_from_a_pickle(tmp_
         load_feature_distance(str(tmp_path))
 
 
+def test_noise_of_latents_is_scaled_and_none_of_it_leaves_the_mean() -> None:
+    vae, batch = make_vae().eval(), make_batch(2)
+    posterior = vae.encode(batch["pixel_values"]).latent_dist
+    for share in (0.0, 0.3):
+        expected = vae.decode(posterior.mean + share * posterior.std * batch["latent_noise"]).sample
+        torch.testing.assert_close(KLCodec(vae, share)(**batch)[0], expected)
+    assert not torch.allclose(KLCodec(vae, 0.3)(**batch)[0], KLCodec(vae)(**batch)[0])
+
+
 def test_measured_scale_gives_latents_unit_deviation() -> None:
     vae, generator = make_vae().eval(), torch.Generator().manual_seed(2)
     images = torch.rand((40, 3, 20, 28), generator=generator) * 2 - 1

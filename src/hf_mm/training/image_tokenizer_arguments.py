@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from .image_tokenizer import ImageTokenizerTrainer, ImageTokenizerWeights, PatchDiscriminator, load_feature_distance
-from .image_tokenizer_codecs import KLCodec, VQCodec
+from .image_tokenizer_codecs import KLCodec, VQCodec, freeze_encoder
 
 
 @dataclass
@@ -30,6 +30,17 @@ class ImageTokenizerArguments:
     mid_block_add_attention: bool = field(default=True, metadata={"help": "Attention at the smallest size."})
     num_vq_embeddings: int = field(default=8192, metadata={"help": "Codes of a VQModel."})
     vq_embed_dim: int | None = field(default=None, metadata={"help": "Length of a code; none: latent_channels."})
+    trains_decoder_only: bool = field(
+        default=False,
+        metadata={"help": "Latents, or codes, stay as they are, so that models trained on them stay valid."},
+    )
+    latent_noise_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the posterior's deviation that is added to the mean before decoding, 0 to 1. Small where "
+            "a model learns means of latents (`samples_latents` false): its decoder need not see through noise."
+        },
+    )
     latent_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL, summed over the latent."})
     codebook_weight: float = field(default=1.0, metadata={"help": "Weight of codebook and commitment of a VQModel."})
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight of the commitment within it."})
@@ -65,9 +76,29 @@ class ImageTokenizerArguments:
                 f"`local_codes`=True needs codes, which `image_tokenizer_class`={self.image_tokenizer_class} has not. "
                 "Set it to VQModel, or leave `local_codes` out."
             )
+        if not 0 <= self.latent_noise_scale <= 1:
+            raise ValueError(f"`latent_noise_scale`={self.latent_noise_scale} must be at least 0 and at most 1.")
+        if self.trains_decoder_only:
+            self._refuse_what_changes_codes()
         start, period = self.quantization_start_step, self.code_revival_steps
         if start % (period or start + 1):
             raise ValueError(f"`quantization_start_step`={start} must be a multiple of `code_revival_steps`={period}.")
+
+    def _refuse_what_changes_codes(self) -> None:
+        """Refuses fields under which a decoder could not be trained alone."""
+        if self.model_name_or_path is None:
+            raise ValueError(
+                "`trains_decoder_only`=True needs `model_name_or_path`, the tokenizer whose decoder it is."
+            )
+        if self.local_codes:
+            raise ValueError(
+                "`local_codes`=True trains codes, which `trains_decoder_only`=True keeps. Set one to false."
+            )
+        if self.image_tokenizer_class == "VQModel" and self.code_revival_steps is not None:
+            raise ValueError(
+                f"`code_revival_steps`={self.code_revival_steps} draws codes anew, and `trains_decoder_only`=True keeps "
+                "them. Set it to none."
+            )
 
 
 def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL | VQModel:
@@ -116,11 +147,13 @@ def build_trainer(arguments: ImageTokenizerArguments, tokenizer: AutoencoderKL |
     """Joins the tokenizer with its discriminator and the feature networks that the recipe names."""
     names = {"perceptual_distance": arguments.perceptual_model, "identity_distance": arguments.identity_model}
     codec: KLCodec | VQCodec
+    if arguments.trains_decoder_only:
+        freeze_encoder(tokenizer)
     if isinstance(tokenizer, VQModel):
         codec = VQCodec(tokenizer, arguments.commitment_weight, local_codes=arguments.local_codes)
         latent_weight = arguments.codebook_weight
     else:
-        codec, latent_weight = KLCodec(tokenizer), arguments.latent_weight
+        codec, latent_weight = KLCodec(tokenizer, arguments.latent_noise_scale), arguments.latent_weight
     return ImageTokenizerTrainer(
         codec,
         PatchDiscriminator(arguments.discriminator_channels, arguments.discriminator_layers),

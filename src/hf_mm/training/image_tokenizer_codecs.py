@@ -26,12 +26,13 @@ class KLCodec(nn.Module):
 
     Args:
         vae (`AutoencoderKL`): The tokenizer to train.
+        noise_scale (`float`, defaults to 1.0): Share of the posterior's deviation that its samples are drawn with.
 
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: AutoencoderKL, noise_scale: float = 1.0) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.noise_scale = vae, noise_scale
 
     def forward(self, pixel_values: torch.Tensor, latent_noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes, samples and decodes.
@@ -46,7 +47,7 @@ class KLCodec(nn.Module):
 
         """
         posterior = self.vae.encode(pixel_values).latent_dist
-        reconstruction = self.vae.decode(posterior.mean + posterior.std * latent_noise).sample
+        reconstruction = self.vae.decode(posterior.mean + self.noise_scale * posterior.std * latent_noise).sample
         return reconstruction, posterior.kl()
 
 
@@ -130,6 +131,20 @@ class VQCodec(nn.Module):
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(counts)
         self.code_counts += counts
+
+
+def freeze_encoder(tokenizer: AutoencoderKL | VQModel) -> None:
+    """Leaves only what comes after latents, or codes, to be trained.
+
+    Args:
+        tokenizer (`AutoencoderKL` or `VQModel`): Whose pictures then stay encoded as they are.
+
+    Source: the decoders that Stability AI trained further for Stable Diffusion's latents (`sd-vae-ft-mse`).
+    """
+    tokenizer.requires_grad_(False)
+    for part in (tokenizer.decoder, tokenizer.post_quant_conv):
+        if part is not None:
+            part.requires_grad_(True)
 
 
 @torch.no_grad()
