@@ -96,8 +96,8 @@ class ImageTokenizerArguments:
             )
         if self.image_tokenizer_class == "VQModel" and self.code_revival_steps is not None:
             raise ValueError(
-                f"`code_revival_steps`={self.code_revival_steps} draws codes anew, and `trains_decoder_only`=True keeps "
-                "them. Set it to none."
+                f"`code_revival_steps`={self.code_revival_steps} draws codes anew, and `trains_decoder_only`=True "
+                "keeps them. Set it to none."
             )
 
 
