@@ -37,8 +37,8 @@ class ImageTokenizerArguments:
     latent_noise_scale: float = field(
         default=1.0,
         metadata={
-            "help": "Share of the posterior's deviation that is added to the mean before decoding, 0 to 1. Small where "
-            "a model learns means of latents (`samples_latents` false): its decoder need not see through noise."
+            "help": "Share of the posterior's noise that is added to its mean before decoding, 0 to 1. Small where a "
+            "model learns means of latents (`samples_latents` false): its decoder need not see through noise."
         },
     )
     latent_weight: float = field(default=1e-6, metadata={"help": "Weight of the KL, summed over the latent."})
