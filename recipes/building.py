@@ -19,7 +19,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from hf_mm.data.cm3_masking import CM3Masking, SpanArguments
 from hf_mm.data.collators import build_collator
 from hf_mm.data.documents import DocumentLimit
-from hf_mm.data.fingerprints import digest_weights
+from hf_mm.data.fingerprints import digest_encoder
 from hf_mm.data.formats import iterate_captions
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.mixing import DocumentArguments, SampleKey, StepSampler
@@ -250,7 +250,7 @@ def refuse_unfit_rows(rows: Dataset, name: str, model: Any, *, field: str = "dat
             f"`{field}`={name!r} was encoded with the image tokenizer {made_by['image_tokenizer_name']!r}, and "
             "the model has none to draw with. Name it as `image_tokenizer_name`."
         )
-    own = {"weights": digest_weights(tokenizer)}
+    own = {"weights": digest_encoder(tokenizer)}
     own |= {key: tokenizer.config[key] for key in ("scaling_factor", "shift_factor") if key in made_by}
     if different := {key: (made_by[key], value) for key, value in own.items() if made_by[key] != value}:
         raise ValueError(

@@ -25,7 +25,7 @@ from datasets import Dataset
 from diffusers import AutoencoderKL, VQModel
 
 from hf_mm.data.caption_arguments import CaptionArguments
-from hf_mm.data.fingerprints import digest_weights
+from hf_mm.data.fingerprints import digest_encoder
 from hf_mm.data.image_encoding import Encoder, encode_rows, raw_pixels
 from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
@@ -144,7 +144,7 @@ def choose_encoder(
     else:
         raise ValueError(f"`image_tokenizer_name`={name} is of class {kind}. Name an AutoencoderKL or a VQModel.")
     stride = 2 ** (len(tokenizer.config.block_out_channels) - 1)
-    return encode, stride, {"image_tokenizer_name": name, "weights": digest_weights(tokenizer), **own}
+    return encode, stride, {"image_tokenizer_name": name, "weights": digest_encoder(tokenizer), **own}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, VQModel
 from building import find_image_tokenizer
 from encode_images import CodeEncoder, LatentEncoder
 from hf_mm.data.documents import DocumentLimit
-from hf_mm.data.fingerprints import digest_weights
+from hf_mm.data.fingerprints import digest_encoder
 from hf_mm.data.image_encoding import Encoder, encode_rows, load_encoded, raw_pixels
 from hf_mm.data.scene_tasks import scene_task_dataset
 from hf_mm.data.sources import EMBEDDED
@@ -103,7 +103,7 @@ class PictureEncoder(NamedTuple):
         tokenizer = find_image_tokenizer(model)
         if tokenizer is None:
             return cls(raw_pixels, 1, {"image_tokenizer_name": None})
-        identity = {"image_tokenizer_name": "the model's", "weights": digest_weights(tokenizer)}
+        identity = {"image_tokenizer_name": "the model's", "weights": digest_encoder(tokenizer)}
         stride = 2 ** (len(tokenizer.config.block_out_channels) - 1)
         if isinstance(tokenizer, VQModel):
             return cls(CodeEncoder(tokenizer, accelerator.device), stride, identity)

@@ -206,7 +206,10 @@ def test_latents_of_another_image_tokenizer_than_the_models_are_refused(run, ent
     with pytest.raises(ValueError, match=r"another image tokenizer than the model's.*'scaling_factor': \(0.7, 0.9\)"):
         run("rescaled", image_tokenizer_name=tmp_path / "rescaled", **fields)
     vae.register_to_config(scaling_factor=0.7)
-    vae.decoder.conv_out.bias.data.fill_(0.5)
+    vae.decoder.conv_out.bias.data.fill_(0.5)  # latents are what they were
+    vae.save_pretrained(tmp_path / "decoder")
+    assert len(entries(run("decoder", image_tokenizer_name=tmp_path / "decoder", **fields))) == 2
+    vae.encoder.conv_in.bias.data.fill_(0.5)
     vae.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="another image tokenizer than the model's.*'weights'"):
         run("other", image_tokenizer_name=tmp_path / "other", **fields)

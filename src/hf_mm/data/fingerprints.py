@@ -5,6 +5,7 @@ Knows nothing of what is done with them.
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import Dataset
 
 
 NUM_PROBED_ROWS = 64
+DECODING = ("decoder.", "post_quant_conv.")  # parts of an AutoencoderKL and a VQModel of diffusers
 
 
 def digest_rows(rows: Dataset) -> str:
@@ -25,8 +27,18 @@ def digest_rows(rows: Dataset) -> str:
 
 def digest_weights(model: torch.nn.Module) -> str:
     """Hashes the weights, so that other weights under the same name are noticed."""
+    return _digest_tensors(model.state_dict())
+
+
+def digest_encoder(tokenizer: torch.nn.Module) -> str:
+    """Hashes those weights of an image tokenizer that decide what pictures become: its decoder may be another."""
+    weights = tokenizer.state_dict()
+    return _digest_tensors({name: weights[name] for name in weights if not name.startswith(DECODING)})
+
+
+def _digest_tensors(weights: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.state_dict().items():
+    for name, weight in weights.items():
         stored = weight.cpu().contiguous().flatten().view(torch.uint8)  # NumPy knows no bfloat16
         digest.update(name.encode() + stored.numpy().tobytes())
     return digest.hexdigest()
