@@ -33,7 +33,8 @@ def codes(make_cm3leon, make_cm3leon_processor, tmp_path_factory):
 
 def test_parts_add_up_to_the_parameters_of_the_model_that_is_loaded(codes):
     for folder, parts in (
-        (hf_mm.DEFAULT_CHECKPOINT, {"embeddings", "transformer", "patch layers"}),
+        (hf_mm.DEFAULT_CHECKPOINT, {"embeddings", "transformer", "patch layers", "image tokenizer"}),
+        (hf_mm.CHECKPOINTS / "transfusion-tiny", {"embeddings", "transformer", "patch layers"}),
         (codes, {"embeddings", "transformer", "image tokenizer"}),
     ):
         facts = describe_checkpoint(str(folder))
@@ -57,7 +58,7 @@ def test_what_the_folder_says_is_told(codes, tmp_path):
     assert (facts["family"], facts["dtypes"], facts["tuned_for"]) == ("CM3Leon", ["BF16"], [])
     assert facts["vocabulary"]["codes"] == 23 and facts["vocabulary"]["sentinels"] == 7 and facts["context"] == 128
     tuned = tmp_path / "tuned"
-    shutil.copytree(hf_mm.DEFAULT_CHECKPOINT, tuned)
+    shutil.copytree(hf_mm.CHECKPOINTS / "transfusion-tiny", tuned)
     (tuned / "tasks.md").write_text(TASKS)
     facts = describe_checkpoint(str(tuned))
     assert facts["family"] == "Transfusion" and facts["pictures"] == {"size": 32, "positions": 64}

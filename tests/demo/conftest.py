@@ -1,4 +1,4 @@
-"""Pipelines that the demo shows: the checkpoint that ships, and a random CM3Leon."""
+"""Pipelines that the demo shows: a small checkpoint that ships, and a random CM3Leon."""
 
 import pytest
 from diffusers import DiffusionPipeline
@@ -9,7 +9,7 @@ from hf_mm import CM3LeonPipeline
 
 @pytest.fixture(scope="package")
 def transfusion():
-    pipe = DiffusionPipeline.from_pretrained(hf_mm.DEFAULT_CHECKPOINT)
+    pipe = DiffusionPipeline.from_pretrained(hf_mm.CHECKPOINTS / "transfusion-tiny")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -192,7 +192,7 @@ print(json.dumps(seen))
 def test_the_page_is_served_and_says_what_is_wrong_with_an_upload(page, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     untold = tmp_path / "model"  # that says of no task that it was tuned for it
-    shutil.copytree(hf_mm.DEFAULT_CHECKPOINT, untold, ignore=shutil.ignore_patterns(TASKS))
+    shutil.copytree(hf_mm.CHECKPOINTS / "transfusion-tiny", untold, ignore=shutil.ignore_patterns(TASKS))
     # In a process of its own: Gradio leaves loops and sockets to the garbage collector, which warns of them.
     command = [sys.executable, "-c", SERVED, str(tmp_path / "a.png"), str(untold)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

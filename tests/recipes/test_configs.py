@@ -162,10 +162,12 @@ def test_the_tiny_recipe_runs(tmp_path, monkeypatch):
 
 def test_the_recipes_of_icons_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    vae, latents = (f"{tmp_path}/{name}" for name in ("vae", "latents"))
-    scenes, own = "--num_scenes 23".split(), ["--image_tokenizer_name", vae]
-    words = [f"--output_dir={vae}", *scenes, *"--num_scale_images 8".split(), *SHORT]
-    train_image_tokenizer.main(["--config=recipes/configs/vae_64px.yaml", *words])
+    vae, decoder, latents = (f"{tmp_path}/{name}" for name in ("vae", "decoder", "latents"))
+    scenes, own = "--num_scenes 23".split(), ["--image_tokenizer_name", decoder]
+    words = [*scenes, *"--num_scale_images 8".split(), *SHORT]
+    train_image_tokenizer.main(["--config=recipes/configs/vae_64px.yaml", f"--output_dir={vae}", *words])
+    words += [f"--output_dir={decoder}", "--model_name_or_path", vae]
+    train_image_tokenizer.main(["--config=recipes/configs/vae_64px_decoder.yaml", *words])
     words = [
         f"--output_dir={latents}",
         *scenes,
