@@ -74,7 +74,6 @@ def export(
     parts: TrainingParts,
     pictures: TrainingPictures,
     num_pictures: int,
-    keeps_scale: bool,
     folder: Path,
     describe: Callable[[Path, str], object],
 ) -> str:
@@ -85,7 +84,6 @@ def export(
         parts ([`TrainingParts`]): With the averaged weights.
         pictures ([`TrainingPictures`]): To measure on.
         num_pictures (`int`): How many of them.
-        keeps_scale (`bool`): Whether latents are those of before, and so is their scale.
         folder (`Path`): Where to.
         describe (`Callable[[Path, str], object]`): Writes the card into the folder, with what was measured.
 
@@ -93,6 +91,7 @@ def export(
         `str`: where it is, and what was measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    keeps_latents = not any(weight.requires_grad for weight in tokenizer.encoder.parameters())  # and their scale
     with ema_weights(parts.ema, trainable_parameters(parts.model)):
         images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
         if isinstance(tokenizer.eval(), VQModel):
@@ -100,13 +99,16 @@ def export(
             text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
             (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
             measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
+        elif keeps_latents:
+            measured = f"the latent scale that it had, {tokenizer.config.scaling_factor:.4f}"
         else:
-            scale = tokenizer.config.scaling_factor if keeps_scale else measure_latent_scale(tokenizer, images)
+            scale = measure_latent_scale(tokenizer, images)
             tokenizer.register_to_config(scaling_factor=scale)
             measured = f"latent scale {scale:.4f}"
         save_reconstructions(tokenizer, pictures.first(8), folder / "reconstructions.png")
         tokenizer.save_pretrained(folder)
-    describe(folder, f"Measured on {num_pictures} training pictures: {measured}.")
+    on = "Kept" if keeps_latents else f"Measured on {num_pictures} training pictures"
+    describe(folder, f"{on}: {measured}.")
     return f"The tokenizer is in {folder}, with {measured}."
 
 
@@ -188,10 +190,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     told = {"recipe": asdict(recipe) | identity, "data_report": "" if report is None else report.to_markdown()}
     describe = partial(describe_tokenizer, tokenizer=tokenizer, find_facts=facts, **told)
     num_pictures = min(arguments.num_scale_images, len(rows))
-    save = partial(export, tokenizer, parts, pictures, num_pictures, arguments.trains_decoder_only, describe=describe)
+    save = partial(export, tokenizer, parts, pictures, num_pictures, describe=describe)
     push_every = push.every(lambda folder: save(folder) if accelerator.is_main_process else None)
     revival_steps, upkeep = build_upkeep(arguments, trainer, parts, pictures, progress, recipe.seed)
-    if first_step == 0 and arguments.model_name_or_path is None:  # whose codes would be lost
+    if first_step == 0 and arguments.model_name_or_path is None:  # a trained codebook stays
         upkeep(0)
     train(
         accelerator,

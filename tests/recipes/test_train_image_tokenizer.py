@@ -147,6 +147,15 @@ def test_a_codebook_that_is_trained_further_is_not_drawn_anew(run_vq):
     torch.testing.assert_close(weights_of(further)[name], weights_of(folder)[name], atol=1e-5, rtol=0)
 
 
+def test_noise_of_latents_is_scaled_as_the_recipe_says(run):
+    folder = str(run("--max_steps", "2"))
+    losses = []
+    for scale in ("0", "0.5", "1"):
+        words = ["--max_steps", "2", "--model_name_or_path", folder, "--latent_noise_scale", scale]
+        losses.append(read_history(run(*words, folder=scale) / "history.jsonl")[0]["reconstruction_loss"])
+    assert len(set(losses)) == 3
+
+
 def test_a_decoder_is_trained_alone_and_latents_keep_their_scale(run):
     folder = run("--max_steps", "2")
     words = ["--max_steps", "2", "--trains_decoder_only", "true", "--model_name_or_path"]
@@ -160,6 +169,10 @@ def test_a_decoder_is_trained_alone_and_latents_keep_their_scale(run):
         run("--trains_decoder_only", "true", folder="wrong")
     with pytest.raises(ValueError, match="`latent_noise_scale`=2.0 must be at least 0 and at most 1"):
         run("--latent_noise_scale", "2", folder="wrong")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": None}))
+    with pytest.raises(ValueError, match="has no `scaling_factor`, which models of its latents rely on"):
+        run(*words, str(folder), folder="wrong")
 
 
 def test_a_decoder_is_trained_alone_behind_codes_that_stay(run_vq):
@@ -173,6 +186,10 @@ def test_a_decoder_is_trained_alone_behind_codes_that_stay(run_vq):
         run_vq(*alone, folder="wrong")
     with pytest.raises(ValueError, match="`code_revival_steps`=2 draws codes anew"):
         run_vq(*alone, "--local_codes", "false", folder="wrong")
+    with pytest.raises(ValueError, match="`quantization_start_step`=4 would draw all codes of"):
+        run_vq(*alone, "--quantization_start_step", "4", folder="wrong")
+    with pytest.raises(ValueError, match="`latent_noise_scale`=0.5 is for an AutoencoderKL"):
+        run_vq("--latent_noise_scale", "0.5", folder="wrong")
 
 
 @pytest.mark.slow

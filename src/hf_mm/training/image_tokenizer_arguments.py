@@ -78,22 +78,27 @@ class ImageTokenizerArguments:
             )
         if not 0 <= self.latent_noise_scale <= 1:
             raise ValueError(f"`latent_noise_scale`={self.latent_noise_scale} must be at least 0 and at most 1.")
+        if self.image_tokenizer_class == "VQModel" and self.latent_noise_scale != 1:
+            raise ValueError(
+                f"`latent_noise_scale`={self.latent_noise_scale} is for an AutoencoderKL: codes have no noise. Set 1."
+            )
+        start, period = self.quantization_start_step, self.code_revival_steps
+        if start and self.model_name_or_path is not None:
+            raise ValueError(
+                f"`quantization_start_step`={start} would draw all codes of `model_name_or_path`="
+                f"{self.model_name_or_path!r} anew. Set it to 0."
+            )
         if self.trains_decoder_only:
             self._refuse_what_changes_codes()
-        start, period = self.quantization_start_step, self.code_revival_steps
         if start % (period or start + 1):
             raise ValueError(f"`quantization_start_step`={start} must be a multiple of `code_revival_steps`={period}.")
 
     def _refuse_what_changes_codes(self) -> None:
         """Refuses fields under which a decoder could not be trained alone."""
         if self.model_name_or_path is None:
-            raise ValueError(
-                "`trains_decoder_only`=True needs `model_name_or_path`, the tokenizer whose decoder it is."
-            )
+            raise ValueError("`trains_decoder_only`=True needs `model_name_or_path`, whose decoder it trains.")
         if self.local_codes:
-            raise ValueError(
-                "`local_codes`=True trains codes, which `trains_decoder_only`=True keeps. Set one to false."
-            )
+            raise ValueError("`local_codes`=True trains codes, which `trains_decoder_only`=True keeps. Unset one.")
         if self.image_tokenizer_class == "VQModel" and self.code_revival_steps is not None:
             raise ValueError(
                 f"`code_revival_steps`={self.code_revival_steps} draws codes anew, and `trains_decoder_only`=True "
@@ -106,11 +111,16 @@ def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL |
     classes = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
     kind: Any = classes[arguments.image_tokenizer_class]
     if arguments.model_name_or_path is not None:
-        found = kind.load_config(arguments.model_name_or_path)["_class_name"]
-        if found != arguments.image_tokenizer_class:
+        config = kind.load_config(arguments.model_name_or_path)
+        if (found := config["_class_name"]) != arguments.image_tokenizer_class:
             raise ValueError(
                 f"`model_name_or_path`={arguments.model_name_or_path} is of class {found}. Set "
                 f"`image_tokenizer_class`={found}, or name an {arguments.image_tokenizer_class}."
+            )
+        if arguments.trains_decoder_only and kind is AutoencoderKL and config.get("scaling_factor") is None:
+            raise ValueError(
+                f"`model_name_or_path`={arguments.model_name_or_path} has no `scaling_factor`, which models of its "
+                "latents rely on. Name the folder `image_tokenizer` that recipes/encode_images.py left with the rows."
             )
         return kind.from_pretrained(arguments.model_name_or_path, use_safetensors=True)
     num_levels = len(arguments.block_out_channels)
