@@ -103,7 +103,7 @@ def write_stand_ins(folder: Path) -> None:
 def write_earlier_work(folder: Path) -> None:
     """Leaves what pages speak of and no block of theirs makes."""
     (folder / "runs" / "mine").mkdir(parents=True)
-    shutil.copytree(hf_mm.DEFAULT_CHECKPOINT, folder / "runs" / "trained")
+    shutil.copytree(hf_mm.CHECKPOINTS / "transfusion-tiny", folder / "runs" / "trained")
     # what tuning a CM3Leon comes to; the page of tuning names its recipe in a comment
     (folder / "runs" / "cm3leon_tiny_sft").symlink_to(hf_mm.CHECKPOINTS / "cm3leon-tiny")
     batch = {"0.input_ids": torch.ones(2, 3, dtype=torch.long), "0.latents": torch.full((2, 3, 4, 4), torch.nan)}

@@ -196,7 +196,7 @@ def test_the_command_plans_recipes_files_and_checkpoints(tmp_path, monkeypatch):
         (["--plan", "--num-gpus", 0], "`num_gpus`=0 must be a number above 0"),
         (["--plan", "--utilisation", 1.5], "`utilisation`=1.5 is a share of the peak"),
         (["--plan", "--sharding", "zero"], "`sharding`='zero' must be one of fsdp2, ddp"),
-        (["--plan", "--window-length", 9999], "`window_length`=9999: the model has 256 positions"),
+        (["--plan", "--window-length", 9999], "`window_length`=9999: the model has 320 positions"),
         (["nowhere.yaml", "--plan"], "nowhere.yaml is no file here"),
         ([RECIPES / "vae_256px.yaml", "--plan"], "names no model"),
         ([MODELS / "clip_tiny.json", "--plan"], "`model_type`='clip' must be one of cm3leon, transfusion"),

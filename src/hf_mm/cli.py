@@ -45,7 +45,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "Hub id or folder of a checkpoint, or one that ships: transfusion-tiny (the default), cm3leon-tiny."
+MODEL_HELP = (
+    "Hub id or folder of a checkpoint, or one that ships: transfusion-icons (the default), transfusion-tiny, "
+    "cm3leon-tiny."
+)
 ModelOption = Annotated[
     str | None,
     typer.Option(metavar="ID_OR_FOLDER", help=MODEL_HELP),

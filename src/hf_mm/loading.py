@@ -29,7 +29,7 @@ def find_checkpoint(model: str | None) -> str:
     """Finds a checkpoint that ships with the package by its name, such as `cm3leon-tiny`.
 
     Args:
-        model (`str`, *optional*): A name, folder or Hub id; defaults to `transfusion-tiny`.
+        model (`str`, *optional*): A name, folder or Hub id; defaults to `transfusion-icons`.
 
     Returns:
         `str`: its folder, or what was given where none that ships has this name.

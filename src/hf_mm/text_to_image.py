@@ -16,7 +16,7 @@ from transformers import Pipeline
 
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-DEFAULT_CHECKPOINT = CHECKPOINTS / "transfusion-tiny"
+DEFAULT_CHECKPOINT = CHECKPOINTS / "transfusion-icons"
 
 # What the families' pipelines take beside prompts, and what the task passes on where a family's does.
 DRAWING_ARGUMENTS = (
