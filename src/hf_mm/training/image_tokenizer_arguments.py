@@ -83,7 +83,7 @@ class ImageTokenizerArguments:
                 f"`latent_noise_scale`={self.latent_noise_scale} is for an AutoencoderKL: codes have no noise. Set 1."
             )
         start, period = self.quantization_start_step, self.code_revival_steps
-        if start and self.model_name_or_path is not None:
+        if start and self.image_tokenizer_class == "VQModel" and self.model_name_or_path is not None:
             raise ValueError(
                 f"`quantization_start_step`={start} would draw all codes of `model_name_or_path`="
                 f"{self.model_name_or_path!r} anew. Set it to 0."
