@@ -100,15 +100,14 @@ def export(
             (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
             measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
         elif keeps_latents:
-            measured = f"the latent scale that it had, {tokenizer.config.scaling_factor:.4f}"
+            measured = f"nothing; its latent scale stays {tokenizer.config.scaling_factor:.4f}"
         else:
             scale = measure_latent_scale(tokenizer, images)
             tokenizer.register_to_config(scaling_factor=scale)
             measured = f"latent scale {scale:.4f}"
         save_reconstructions(tokenizer, pictures.first(8), folder / "reconstructions.png")
         tokenizer.save_pretrained(folder)
-    on = "Kept" if keeps_latents else f"Measured on {num_pictures} training pictures"
-    describe(folder, f"{on}: {measured}.")
+    describe(folder, f"Measured on {num_pictures} training pictures: {measured}.")
     return f"The tokenizer is in {folder}, with {measured}."
 
 
