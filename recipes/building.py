@@ -48,11 +48,16 @@ class ModelArguments:
         default=None, metadata={"help": "Text tokenizer; none: trained on the captions."}
     )
     vocab_size: int = field(default=512, metadata={"help": "Size of a text tokenizer trained here."})
-    image_tokenizer_name: str | None = field(default=None, metadata={"help": "Frozen image tokenizer of a new model."})
+    image_tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Frozen image tokenizer of a new model; with a checkpoint: its own with a decoder trained further."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Refuses what describes a new model beside a checkpoint, which has its own."""
-        names = ("config_name", "preset", "tokenizer_name", "image_tokenizer_name")
+        names = ("config_name", "preset", "tokenizer_name")
         given = [name for name in names if getattr(self, name) is not None]
         if self.model_name_or_path is not None and given:
             raise ValueError(
@@ -126,7 +131,7 @@ def load_config(arguments: ModelArguments) -> Any:
             config = CONFIG_MAPPING[arguments.model_type].from_preset(arguments.preset, **changed)
         else:
             config = type(config).from_dict({**config.get_config_dict(source)[0], **changed})
-    if arguments.image_tokenizer_name is not None:
+    if arguments.image_tokenizer_name is not None and arguments.model_name_or_path is None:
         config.set_image_tokenizer(arguments.image_tokenizer_name)
     return config
 
@@ -180,6 +185,8 @@ def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple
         processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
         if reads_codes(model):
             processor.objective = config.objective  # which the recipe may have changed
+        if arguments.image_tokenizer_name is not None:
+            replace_image_decoder(model, arguments.image_tokenizer_name)
         return model, processor
     processor = PROCESSOR_MAPPING[type(config)].from_config(config, tokenizer)
     config.set_tokenizer(processor.tokenizer)
@@ -197,6 +204,30 @@ def reads_codes(model: Any) -> bool:
 def find_image_tokenizer(model: Any) -> AutoencoderKL | VQModel | None:
     """Returns the frozen image tokenizer that a model owns, if any."""
     return next((module for module in model.modules() if isinstance(module, AutoencoderKL | VQModel)), None)
+
+
+def replace_image_decoder(model: Any, name_or_path: str) -> None:
+    """Gives a model's image tokenizer another decoder, such as one that `trains_decoder_only` has trained further.
+
+    Args:
+        model (`PreTrainedModel`): Owns an image tokenizer.
+        name_or_path (`str`): A tokenizer whose encoder is the model's.
+
+    Raises:
+        ValueError: If the model has none, or pictures would become something else than what it was trained on.
+    """
+    own = find_image_tokenizer(model)
+    told = f"`image_tokenizer_name`={name_or_path!r}"
+    if own is None:
+        raise ValueError(f"{told}, but the checkpoint has no image tokenizer. Leave it at none.")
+    given = type(own).from_pretrained(name_or_path, use_safetensors=True)
+    scales = [[tokenizer.config.get(key) for key in ("scaling_factor", "shift_factor")] for tokenizer in (own, given)]
+    if digest_encoder(own) != digest_encoder(given) or scales[0] != scales[1]:
+        raise ValueError(
+            f"{told} encodes pictures in another way than the checkpoint's tokenizer, for which the model was trained. "
+            "Name one with the same encoder and scale, or leave it at none."
+        )
+    model.load_image_tokenizer(name_or_path)
 
 
 def refuse_pixels(rows: Dataset, name: str) -> None:

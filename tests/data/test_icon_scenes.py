@@ -103,6 +103,20 @@ def test_equal_captions_mean_equal_scenes_up_to_small_shifts(glyph_set):
     assert len(meant) < 4000
 
 
+@pytest.mark.parametrize("glyph_set", GLYPH_SETS)
+def test_exact_scenes_of_one_caption_are_one_picture(glyph_set):
+    drawn = collections.defaultdict(set)
+    for index in range(2000):
+        row = draw_scene(index, 0, 17, glyph_set, kinds=EVERY_KIND, exact_share=1.0)
+        drawn[row["description"]].add(row["image"].tobytes())
+    assert len(drawn) < 2000 and {len(pictures) for pictures in drawn.values()} == {1}
+
+
+def test_scenes_that_are_not_exact_are_those_without_a_share():
+    shifted = [scene == plain for scene, plain in zip(scenes(1000, exact_share=0.7), scenes(1000), strict=True)]
+    assert 0.25 < sum(shifted) / 1000 < 0.35
+
+
 def test_background_goes_unsaid_only_on_white():
     unsaid = collections.Counter()
     for index in range(600):
@@ -218,6 +232,8 @@ def test_another_mix_of_kinds_is_not_served_from_the_cache():
     icon_scenes_dataset(5, size_px=16)
     counted = icon_scenes_dataset(5, size_px=16, kinds={"counting": 1})
     assert {json.loads(scene)["kind"] for scene in counted["scene"]} == {"counting"}
+    exact = icon_scenes_dataset(5, size_px=16, exact_share=1.0)
+    assert {item["x"] for scene in exact["scene"] for item in json.loads(scene)["objects"]} <= {0.26, 0.5, 0.74}
 
 
 def test_stream_alone_gives_the_rows_in_order():
@@ -248,6 +264,7 @@ def test_nodes_share_the_stream_without_overlap():
         ({"kinds": {"colour": 1}}, ["`kinds`='colour'", "counting"]),
         ({"kinds": {"counting": 0}}, ["`kinds`={'counting': 0}", "above 0"]),
         ({"kinds": {"counting": -1}}, ["-1", "at least 0"]),
+        ({"exact_share": 1.5}, ["`exact_share`=1.5", "between 0 and 1"]),
         ({"size_px": 15}, ["`size_px`=15", "16"]),
         ({"num_rows": 0}, ["`num_rows`=0", "at least 1"]),
     ),

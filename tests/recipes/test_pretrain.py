@@ -217,13 +217,38 @@ def test_latents_of_another_image_tokenizer_than_the_models_are_refused(run, ent
         run("none", **fields)
 
 
+def test_a_finished_model_takes_a_decoder_trained_further_and_no_other_encoder(run, vae_folder, tmp_path):
+    first = run("first", image_tokenizer_name=vae_folder, config_overrides="patch_size=2")
+    vae = AutoencoderKL.from_pretrained(vae_folder, use_safetensors=True)
+    vae.decoder.conv_out.bias.data.fill_(0.5)
+    vae.save_pretrained(tmp_path / "decoder")
+    further = {"model_name_or_path": first, "preset": None, "config_name": None, "config_overrides": None}
+    model = AutoModelForMultimodalLM.from_pretrained(
+        run("further", image_tokenizer_name=tmp_path / "decoder", **further)
+    )
+    for name, weight in vae.state_dict().items():
+        assert torch.equal(weight, model.vae.state_dict()[name]), name
+
+    vae.register_to_config(scaling_factor=0.9)
+    vae.save_pretrained(tmp_path / "rescaled")
+    vae.register_to_config(scaling_factor=0.7)
+    vae.encoder.conv_in.bias.data.fill_(0.5)
+    vae.save_pretrained(tmp_path / "other")
+    for name in ("rescaled", "other"):
+        with pytest.raises(ValueError, match="encodes pictures in another way than the checkpoint's"):
+            run("refused", image_tokenizer_name=tmp_path / name, **further)
+    pixels = run("pixels")
+    with pytest.raises(ValueError, match="the checkpoint has no image tokenizer"):
+        run("refused", image_tokenizer_name=vae_folder, **further | {"model_name_or_path": pixels})
+
+
 def test_a_finished_model_trains_further(run, entries):
     first = run("first")
     folder = run("second", model_name_or_path=first, config_name=None, learning_rate=1e-9)
     before, after = (AutoModelForMultimodalLM.from_pretrained(path) for path in (first, folder))
     torch.testing.assert_close(before.lm_head.weight, after.lm_head.weight, rtol=0, atol=1e-6)
     assert entries(folder)[1]["loss"] < entries(first)[1]["loss"]
-    for name in ("preset", "tokenizer_name", "image_tokenizer_name", "config_name"):
+    for name in ("preset", "tokenizer_name", "config_name"):
         with pytest.raises(ValueError, match=f"`{name}`='other' is for a new model, and `model_name_or_path`="):
             run("third", **{"model_name_or_path": first, "config_name": None, name: "other"})
 

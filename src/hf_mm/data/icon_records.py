@@ -91,6 +91,12 @@ def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{field}`={value!r} is unknown. Choose one of {list(choices)}.")
 
 
+def check_exact_share(exact_share: float) -> None:
+    """Refuses what is no share."""
+    if not 0 <= exact_share <= 1:
+        raise ValueError(f"`exact_share`={exact_share} must be between 0 and 1.")
+
+
 def kind_weights(kinds: Mapping[str, float] | None, glyph_set: str) -> dict[str, float]:
     """Checks a mix of kinds and puts it in the order of `KINDS`."""
     check_choice("glyph_set", glyph_set, tuple(GLYPH_SETS))
@@ -172,6 +178,7 @@ def sample_scene(
     glyph_set: str = "shapes",
     split: str = "train",
     kinds: Mapping[str, float] | None = None,
+    exact_share: float = 0.0,
 ) -> dict[str, Any]:
     """Samples the record of one scene; the same arguments always give the same record.
 
@@ -182,6 +189,9 @@ def sample_scene(
         split (`str`): `"train"` or `"validation"`.
         kinds (`Mapping[str, float]`, *optional*):
             Weight of each kind of scene, a subset of `KINDS`. Defaults to `DEFAULT_KINDS[glyph_set]`.
+        exact_share (`float`, defaults to 0.0):
+            Share of the scenes, 0 to 1, whose objects stand exactly at their places and in the middle of their range
+            of sizes. Else the same scenes as without: each object a little off, a little larger or smaller.
 
     Returns:
         `dict`: `kind`, `split`, `glyph_set`, `background`, `relation` (of the first object to the second, or `None`)
@@ -189,9 +199,10 @@ def sample_scene(
         the last three as fractions of the picture's side.
 
     Raises:
-        ValueError: If the index is negative or a name is unknown.
+        ValueError: If the index is negative, the share is not one, or a name is unknown.
 
     """
+    check_exact_share(exact_share)
     weights = kind_weights(kinds, glyph_set)
     check_choice("split", split, SPLITS)
     if index < 0:
@@ -203,6 +214,9 @@ def sample_scene(
     looks = _pick_looks(kind, glyph_set, split, background, rng)
     relation = rng.choice(RELATIONS) if kind == "position" else None
     size_name, place, centres, sizes, shift = _lay_out(kind, glyph_set, len(looks), relation, rng)
+    is_exact = random.Random(f"exact|{glyph_set}|{split}|{seed}|{index}").random() < exact_share
+    if is_exact:
+        shift, sizes = 0.0, (sum(sizes) / 2,) * 2
     objects = [
         {
             "glyph": glyph,

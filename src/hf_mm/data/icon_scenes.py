@@ -26,7 +26,7 @@ from .icon_glyphs import (
     glyph_search_terms,
     render_glyph,
 )
-from .icon_records import DEFAULT_KINDS, KINDS, SPLITS, check_choice, describe, is_held_out, kind_weights, sample_scene
+from .icon_records import DEFAULT_KINDS, KINDS, SPLITS, check_choice, check_exact_share, describe, is_held_out, kind_weights, sample_scene
 
 
 __all__ = [
@@ -144,6 +144,7 @@ def draw_scene(
     split: str = "train",
     *,
     kinds: Mapping[str, float] | None = None,
+    exact_share: float = 0.0,
     with_masks: bool = False,
 ) -> dict[str, Any]:
     """Draws one row of the dataset, a pure function of its arguments.
@@ -155,6 +156,7 @@ def draw_scene(
         glyph_set (`str`): `"shapes"` (8 glyphs) or `"icons"` (about 60).
         split (`str`): `"train"` or `"validation"`.
         kinds (`Mapping[str, float]`, *optional*): Weight of each kind of scene; see `sample_scene`.
+        exact_share (`float`, defaults to 0.0): Share of scenes without small shifts; see `sample_scene`.
         with_masks (`bool`): Adds the column `masks`, as from `scene_masks`.
 
     Returns:
@@ -166,7 +168,7 @@ def draw_scene(
 
     """
     _check_size(size_px)
-    scene = sample_scene(index, seed, glyph_set=glyph_set, split=split, kinds=kinds)
+    scene = sample_scene(index, seed, glyph_set=glyph_set, split=split, kinds=kinds, exact_share=exact_share)
     placed = _place_objects(scene, size_px)
     wording_rng = random.Random(f"words|{glyph_set}|{split}|{seed}|{index}")
     labels = [label for item in scene["objects"] for label in glyph_categories(item["glyph"])]
@@ -215,11 +217,14 @@ def _generate_rows(
     glyph_set: str,
     split: str,
     kinds: Mapping[str, float],
+    exact_share: float,
     with_masks: bool,
 ) -> Iterator[dict[str, Any]]:
     for start, stop in row_ranges:
         for index in range(start, stop):
-            yield draw_scene(index, seed, size_px, glyph_set, split, kinds=kinds, with_masks=with_masks)
+            yield draw_scene(
+                index, seed, size_px, glyph_set, split, kinds=kinds, exact_share=exact_share, with_masks=with_masks
+            )
 
 
 def _generator_options(
@@ -231,6 +236,7 @@ def _generator_options(
     split: str,
     seed: int,
     kinds: Mapping[str, float] | None,
+    exact_share: float,
     with_masks: bool,
 ) -> dict[str, Any]:
     """Checks the arguments that both datasets share and cuts the rows into shards of nearly one length."""
@@ -240,6 +246,7 @@ def _generator_options(
         raise ValueError(f"`num_shards`={num_shards} must be at least 1.")
     _check_size(size_px)
     check_choice("split", split, SPLITS)
+    check_exact_share(exact_share)
     shards = min(num_shards, num_rows)
     edges = [shard * num_rows // shards for shard in range(shards + 1)]
     return {
@@ -249,6 +256,7 @@ def _generator_options(
         "glyph_set": glyph_set,
         "split": split,
         "kinds": kind_weights(kinds, glyph_set),
+        "exact_share": exact_share,
         "with_masks": with_masks,
     }
 
@@ -267,6 +275,7 @@ def icon_scenes_dataset(
     split: str = "train",
     seed: int = 0,
     kinds: Mapping[str, float] | None = None,
+    exact_share: float = 0.0,
     with_masks: bool = False,
     num_proc: int | None = None,
 ) -> datasets.Dataset:
@@ -279,6 +288,7 @@ def icon_scenes_dataset(
         split (`str`): `"train"` or `"validation"`.
         seed (`int`): Another seed gives another dataset with the same held-out combinations.
         kinds (`Mapping[str, float]`, *optional*): Weight of each kind of scene; see `sample_scene`.
+        exact_share (`float`, defaults to 0.0): Share of scenes without small shifts; see `sample_scene`.
         with_masks (`bool`): Adds the column `masks`.
         num_proc (`int`, *optional*): Number of drawing processes. The rows do not depend on it.
 
@@ -297,6 +307,7 @@ def icon_scenes_dataset(
         split=split,
         seed=seed,
         kinds=kinds,
+        exact_share=exact_share,
         with_masks=with_masks,
     )
     return datasets.Dataset.from_generator(
@@ -317,6 +328,7 @@ def icon_scenes_stream(
     split: str = "train",
     seed: int = 0,
     kinds: Mapping[str, float] | None = None,
+    exact_share: float = 0.0,
     with_masks: bool = False,
     num_shards: int = 64,
 ) -> datasets.IterableDataset:
@@ -333,6 +345,7 @@ def icon_scenes_stream(
         split (`str`): `"train"` or `"validation"`.
         seed (`int`): Another seed gives another dataset with the same held-out combinations.
         kinds (`Mapping[str, float]`, *optional*): Weight of each kind of scene; see `sample_scene`.
+        exact_share (`float`, defaults to 0.0): Share of scenes without small shifts; see `sample_scene`.
         with_masks (`bool`): Adds the column `masks`.
         num_shards (`int`):
             Number of runs; a multiple of (processes x workers) keeps every reader equally busy. At most `num_rows`.
@@ -352,6 +365,7 @@ def icon_scenes_stream(
         split=split,
         seed=seed,
         kinds=kinds,
+        exact_share=exact_share,
         with_masks=with_masks,
     )
     return datasets.IterableDataset.from_generator(

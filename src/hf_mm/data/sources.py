@@ -42,6 +42,10 @@ class DatasetArguments:
     scene_kinds: list[str] = field(
         default_factory=list, metadata={"help": "Kinds of icon scenes to draw, alike; none: the mix of their set."}
     )
+    exact_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of icon scenes, 0 to 1, without small shifts: equal captions, equal pictures."},
+    )
     image_column: str = field(default="image", metadata={"help": "Column with images."})
     text_column: str | None = field(default=None, metadata={"help": "Column with finished captions."})
     description_column: str | None = field(default=None, metadata={"help": "Column with descriptions."})
@@ -81,7 +85,7 @@ def open_rows(
     if name.startswith(EMBEDDED):
         kinds = dict.fromkeys(arguments.scene_kinds, 1.0) or None
         fields: dict[str, Any] = {"glyph_set": name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
-        fields["kinds"] = kinds
+        fields |= {"kinds": kinds, "exact_share": arguments.exact_share}
         if streaming:
             return icon_scenes_stream(arguments.num_scenes, split=arguments.dataset_split, **fields)
         return _draw_splits(arguments, num_proc=num_proc, **fields)
