@@ -224,7 +224,7 @@ def replace_image_decoder(model: Any, name_or_path: str) -> None:
     scales = [[tokenizer.config.get(key) for key in ("scaling_factor", "shift_factor")] for tokenizer in (own, given)]
     if digest_encoder(own) != digest_encoder(given) or scales[0] != scales[1]:
         raise ValueError(
-            f"{told} encodes pictures in another way than the checkpoint's tokenizer, for which the model was trained. "
+            f"{told} encodes pictures in another way than the checkpoint's tokenizer, which the model was trained on. "
             "Name one with the same encoder and scale, or leave it at none."
         )
     model.load_image_tokenizer(name_or_path)

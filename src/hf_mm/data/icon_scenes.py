@@ -26,7 +26,17 @@ from .icon_glyphs import (
     glyph_search_terms,
     render_glyph,
 )
-from .icon_records import DEFAULT_KINDS, KINDS, SPLITS, check_choice, check_exact_share, describe, is_held_out, kind_weights, sample_scene
+from .icon_records import (
+    DEFAULT_KINDS,
+    KINDS,
+    SPLITS,
+    check_choice,
+    check_exact_share,
+    describe,
+    is_held_out,
+    kind_weights,
+    sample_scene,
+)
 
 
 __all__ = [

@@ -1,0 +1,97 @@
+"""Codes of patches: a latent pixel is the pixels under it, and a code the mean of patches that are alike."""
+
+import re
+
+import pytest
+import torch
+from diffusers import VQModel
+
+from hf_mm.training.image_tokenizer_codecs import find_codes
+from hf_mm.training.patch_codes import cluster_patches, find_patch_fault, set_patch_encoder
+
+
+pytest.importorskip("faiss")
+
+
+def make_vq(
+    block_out_channels: list[int], norm_num_groups: int, num_codes: int = 7, layers_per_block: int = 1
+) -> VQModel:
+    num_levels = len(block_out_channels)
+    torch.manual_seed(0)
+    vq = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * num_levels,
+        up_block_types=("UpDecoderBlock2D",) * num_levels,
+        block_out_channels=block_out_channels,
+        layers_per_block=layers_per_block,
+        latent_channels=3 * 4 ** (num_levels - 1),
+        norm_num_groups=norm_num_groups,
+        num_vq_embeddings=num_codes,
+        mid_block_add_attention=False,
+    )
+    set_patch_encoder(vq)
+    return vq.eval()
+
+
+def make_images(num_images: int, height: int = 12, width: int = 20) -> torch.Tensor:
+    return torch.rand((num_images, 3, height, width), generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("block_out_channels", "norm_num_groups", "layers_per_block"),
+    [([32, 64, 128], 8, 1), ([12, 48, 98], 1, 2), ([16, 32], 4, 1), ([12, 36], 3, 3)],
+)
+@torch.no_grad()
+def test_a_latent_pixel_is_the_pixels_under_it(block_out_channels, norm_num_groups, layers_per_block):
+    vq, images = make_vq(block_out_channels, norm_num_groups, layers_per_block=layers_per_block), make_images(2)
+    side = 2 ** (len(block_out_channels) - 1)
+    latents = vq.encode(images).latents
+    patches = torch.nn.functional.pixel_unshuffle(images, side)
+    assert latents.shape == patches.shape
+    # The same values in another order, which is the same for every patch of every picture.
+    order = [
+        (patches - latents[:, [channel]]).abs().amax((0, 2, 3)).argmin().item() for channel in range(len(latents[0]))
+    ]
+    assert sorted(order) == list(range(len(latents[0])))
+    torch.testing.assert_close(latents, patches[:, order], atol=0.01, rtol=0)
+
+
+@torch.no_grad()
+def test_codes_do_not_depend_on_what_is_around_them():
+    vq = make_vq([16, 32], 4)
+    images = make_images(40)
+    cluster_patches(vq, images, seed=0)
+    codes = find_codes(vq, vq.encode(images).latents)
+    others = torch.full_like(images, -1.0)
+    others[:, :, 4:8, 6:10] = images[:, :, 4:8, 6:10]
+    assert torch.equal(find_codes(vq, vq.encode(others).latents)[:, 2:4, 3:5], codes[:, 2:4, 3:5])
+
+
+@torch.no_grad()
+def test_a_code_is_the_mean_of_the_patches_that_it_stands_for():
+    vq, images = make_vq([16, 32], 4, num_codes=5), make_images(10)
+    cluster_patches(vq, images, seed=0)
+    codes, latents = vq.quantize.embedding.weight, vq.encode(images).latents
+    patches, numbers = latents.movedim(1, -1).flatten(0, 2), find_codes(vq, latents).flatten()
+    means = torch.stack([patches[numbers == number].mean(0) for number in range(5)])
+    assert (codes - means).norm() < 0.2 * (codes - means.roll(1, 0)).norm()  # a few iterations before they meet
+    before = codes.clone()
+    cluster_patches(vq, images, seed=0)
+    assert torch.equal(codes, before)
+
+
+def test_more_codes_than_patches_are_refused():
+    with pytest.raises(ValueError, match="`num_vq_embeddings`=7 is more than the 1 different patches"):
+        cluster_patches(make_vq([16, 32], 4), torch.zeros(2, 3, 8, 8), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (([32, 64, 128], 1, 8, 32), "`latent_channels`=32 must be 48"),
+        (([32, 64, 128], 0, 8, 48), "`layers_per_block`=0 must be at least 1"),
+        (([32, 64, 96], 1, 8, 48), r"`block_out_channels`=\[32, 64, 96\] must be at least \[12, 48, 112\]"),
+        (([128, 128, 128], 1, 8, 48), r"must be at least \[12, 48, 129\]"),
+    ],
+)
+def test_what_cannot_pass_patches_on_is_named(shape, words):
+    assert re.search(words, find_patch_fault(*shape))
