@@ -185,6 +185,13 @@ def test_the_recipes_of_icons_run_one_after_the_other(tmp_path, monkeypatch):
     start = [f"--output_dir={tmp_path}/tuned", "--model_name_or_path", str(means)]
     tuned = sft.main(["--config=recipes/configs/transfusion_icons_sft.yaml", *start, *words, *tasks])
     assert "step 2" in (tuned / "tasks.md").read_text() and (tuned / "model.safetensors").exists()
+    better = ["--trains_decoder_only=true", f"--model_name_or_path={decoder}", f"--output_dir={tmp_path}/better"]
+    words_of_decoder = [*scenes, *"--num_scale_images 8 --exact_share 0.75".split(), *SHORT]
+    train_image_tokenizer.main(["--config=recipes/configs/vae_64px_decoder.yaml", *words_of_decoder, *better])
+    start = [f"--output_dir={tmp_path}/exact", "--model_name_or_path", str(tuned)]
+    start += ["--image_tokenizer_name", f"{tmp_path}/better"]
+    exact = sft.main(["--config=recipes/configs/transfusion_icons_exact_sft.yaml", *start, *words, *tasks])
+    assert (exact / "model.safetensors").exists()
 
 
 def test_an_override_of_the_patch_size_changes_what_follows_from_it():
