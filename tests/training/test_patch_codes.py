@@ -14,7 +14,11 @@ pytest.importorskip("faiss")
 
 
 def make_vq(
-    block_out_channels: list[int], norm_num_groups: int, num_codes: int = 7, layers_per_block: int = 1
+    block_out_channels: list[int],
+    norm_num_groups: int,
+    num_codes: int = 7,
+    layers_per_block: int = 1,
+    mid_block_add_attention: bool = True,
 ) -> VQModel:
     num_levels = len(block_out_channels)
     torch.manual_seed(0)
@@ -26,7 +30,7 @@ def make_vq(
         latent_channels=3 * 4 ** (num_levels - 1),
         norm_num_groups=norm_num_groups,
         num_vq_embeddings=num_codes,
-        mid_block_add_attention=False,
+        mid_block_add_attention=mid_block_add_attention,
     )
     set_patch_encoder(vq)
     return vq.eval()

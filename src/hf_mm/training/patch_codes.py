@@ -58,9 +58,9 @@ def set_patch_encoder(vq: VQModel) -> None:
 
     """
     encoder, norm = vq.encoder, vq.encoder.conv_norm_out
-    for conv in [part for part in (*encoder.modules(), vq.quant_conv) if isinstance(part, nn.Conv2d)]:
-        nn.init.zeros_(conv.weight)  # so that residual blocks are what they are added to
-        nn.init.zeros_(conv.bias)
+    for layer in [part for part in (*encoder.modules(), vq.quant_conv) if isinstance(part, nn.Conv2d | nn.Linear)]:
+        nn.init.zeros_(layer.weight)  # so that residual blocks and attention are what they are added to
+        nn.init.zeros_(layer.bias)
     encoder.conv_in.weight[range(3), range(3), 1, 1] = 1
     num_values = 3
     for block in encoder.down_blocks:
