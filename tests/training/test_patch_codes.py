@@ -95,6 +95,7 @@ def test_more_codes_than_patches_are_refused():
         (([32, 64, 128], 0, 8, 48), "`layers_per_block`=0 must be at least 1"),
         (([32, 64, 96], 1, 8, 48), r"`block_out_channels`=\[32, 64, 96\] must be at least \[12, 48, 112\]"),
         (([128, 128, 128], 1, 8, 48), r"must be at least \[12, 48, 129\]"),
+        (([64], 1, 8, 3), r"`block_out_channels`=\[64\] must have at least two levels"),
     ],
 )
 def test_what_cannot_pass_patches_on_is_named(shape, words):

@@ -32,13 +32,15 @@ def find_patch_fault(
     """
     num_levels = len(block_out_channels)
     num_values = 3 * 4 ** (num_levels - 1)
+    if num_levels < 2:
+        return f"`block_out_channels`={block_out_channels} must have at least two levels: patches of 2 x 2 pixels"
     if latent_channels != num_values:
         return f"`latent_channels`={latent_channels} must be {num_values}, the values of a patch"
     if layers_per_block < 1:
         return f"`layers_per_block`={layers_per_block} must be at least 1, so that levels can be widened"
     least = [3 * 4 ** (level + 1) for level in range(num_levels - 1)]
     signs = 2 * (-(-num_values // norm_num_groups) + 1) * norm_num_groups  # of each value, and of a constant a group
-    least.append(max(signs, block_out_channels[-2] + 1 if num_levels > 1 else 4))
+    least.append(max(signs, block_out_channels[-2] + 1))
     if any(width < enough for width, enough in zip(block_out_channels, least, strict=True)):
         return f"`block_out_channels`={block_out_channels} must be at least {least}"
     return None
