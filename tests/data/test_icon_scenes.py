@@ -25,6 +25,7 @@ from hf_mm.data.icon_scenes import (
     sample_scene,
     scene_masks,
 )
+from hf_mm.data.sources import DatasetArguments, open_rows
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -115,6 +116,15 @@ def test_exact_scenes_of_one_caption_are_one_picture(glyph_set):
 def test_scenes_that_are_not_exact_are_those_without_a_share():
     shifted = [scene == plain for scene, plain in zip(scenes(1000, exact_share=0.7), scenes(1000), strict=True)]
     assert 0.25 < sum(shifted) / 1000 < 0.35
+
+
+@pytest.mark.parametrize("streaming", (False, True))
+def test_recipes_draw_the_share_of_exact_scenes_that_they_name(streaming):
+    arguments = DatasetArguments(dataset_name="icon_scenes:icons", num_scenes=7, exact_share=1.0)
+    rows = list(open_rows(arguments, image_size=16, streaming=streaming))
+    assert [json.loads(row["scene"]) for row in rows] == [
+        sample_scene(index, glyph_set="icons", exact_share=1.0) for index in range(7)
+    ]
 
 
 def test_background_goes_unsaid_only_on_white():
