@@ -28,6 +28,7 @@ from hf_mm.data.sources import EMBEDDED, DatasetArguments
 from hf_mm.data.task_documents import TaskContent
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
+from hf_mm.training.code_embeddings import embed_patches
 
 
 NUM_MEASURED = 300  # documents that are built to know their mean
@@ -54,6 +55,10 @@ class ModelArguments:
             "help": "Frozen image tokenizer of a new model; with a checkpoint: its own with a decoder trained further."
         },
     )
+    embeds_codes: bool = field(
+        default=False,
+        metadata={"help": "Embeddings of a new model's codes begin as what these show: for codes of patches."},
+    )
 
     def __post_init__(self) -> None:
         """Refuses what describes a new model beside a checkpoint, which has its own."""
@@ -63,6 +68,11 @@ class ModelArguments:
             raise ValueError(
                 f"`{given[0]}`={getattr(self, given[0])!r} is for a new model, and `model_name_or_path`="
                 f"{self.model_name_or_path!r} is given, which has its own. Set one of the two to none."
+            )
+        if self.model_name_or_path is not None and self.embeds_codes:
+            raise ValueError(
+                f"`embeds_codes`=True is for a new model, and `model_name_or_path`={self.model_name_or_path!r} has "
+                "learned its embeddings. Set it to false."
             )
 
 
@@ -193,7 +203,31 @@ def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple
     model = AutoModelForMultimodalLM.from_config(config)
     if arguments.image_tokenizer_name is not None:
         model.load_image_tokenizer(arguments.image_tokenizer_name)
+    if arguments.embeds_codes:
+        embed_codes(model)
     return model, processor
+
+
+@torch.no_grad()
+def embed_codes(model: Any) -> None:
+    """Lets embeddings of a new model's codes begin as what these show; see [`embed_patches`].
+
+    Args:
+        model (`PreTrainedModel`): With its image tokenizer.
+
+    Raises:
+        ValueError: If it has none whose codes are patches of pixels.
+    """
+    tokenizer = find_image_tokenizer(model)
+    codes = tokenizer.quantize.embedding.weight if isinstance(tokenizer, VQModel) else None
+    if codes is None or codes.shape[1] != 3 * 4 ** (len(tokenizer.config.block_out_channels) - 1):
+        raise ValueError(
+            "`embeds_codes`=True needs an `image_tokenizer_name` whose codes are patches of pixels, as `patch_codes` "
+            "of recipes/train_image_tokenizer.py makes them. Name one, or set it to false."
+        )
+    pixels = codes.float().unflatten(1, (3, -1)).movedim(1, -1)  # a patch's channels lie colour by colour
+    ids, weight = model.config.image_token_ids, model.get_input_embeddings().weight
+    weight[ids.start : ids.stop] = model.config.initializer_range * embed_patches(pixels, weight.shape[1])
 
 
 def reads_codes(model: Any) -> bool:

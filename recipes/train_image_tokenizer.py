@@ -61,7 +61,7 @@ def build_upkeep(
 
         def cluster(step: int) -> None:
             images = pictures.draw(arguments.num_revival_images, torch.Generator().manual_seed(seed))
-            cluster_patches(trainer.codec.vq, images, seed)
+            cluster_patches(trainer.codec.vq, images, seed, shared_patterns=arguments.shared_patterns)
 
         return None, cluster
     upkeep = CodebookUpkeep(

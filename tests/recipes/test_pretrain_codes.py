@@ -13,7 +13,9 @@ from diffusers import DiffusionPipeline, VQModel
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
+from building import ModelArguments, build_model, load_config
 from hf_mm.data.image_encoding import read_manifest
+from hf_mm.data.text_tokenizer import train_text_tokenizer
 from hf_mm.training.checkpoint import list_checkpoints
 
 
@@ -164,6 +166,33 @@ def test_rows_of_another_image_tokenizer_than_the_models_are_refused(run, codes,
     assert "weights" in read_manifest(held_out)["encoder"] and read_manifest("icon_scenes:shapes") is None
     with pytest.raises(ValueError, match="held_out' was encoded with another image tokenizer"):
         run(**codes, eval_dataset_name=held_out, eval_dataset_split="train")
+
+
+def test_embeddings_of_codes_begin_as_what_these_show(run, codes, tmp_path):
+    levels = (12, 48, 98)
+    vq = VQModel(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                 block_out_channels=levels, latent_channels=48, num_vq_embeddings=NUM_CODES, norm_num_groups=1)  # fmt: skip
+    patches = torch.rand(NUM_CODES, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    patches[1] = patches[0] + 0.01
+    vq.quantize.embedding.weight.data = patches
+    vq.save_pretrained(tmp_path / "patches")
+    arguments = ModelArguments(
+        config_name=str(codes["config_name"]), image_tokenizer_name=str(tmp_path / "patches"), embeds_codes=True
+    )
+    config, tokenizer = load_config(arguments), train_text_tokenizer(["a red star"], vocab_size=300)
+    model, _ = build_model(arguments, config, tokenizer)
+    ids = model.config.image_token_ids
+    embeddings = model.get_input_embeddings().weight[ids.start : ids.stop]
+    distances = torch.cdist(embeddings, embeddings).fill_diagonal_(9.0)
+    assert distances[0].argmin() == 1 and distances[0, 1] < 0.2 * distances[0, 2:].min()
+    assert embeddings.std().item() == pytest.approx(config.initializer_range, rel=0.1)
+
+    with pytest.raises(
+        ValueError, match="`embeds_codes`=True needs an `image_tokenizer_name` whose codes are patches"
+    ):
+        run("wrong", **codes, embeds_codes=True)
+    with pytest.raises(ValueError, match="`embeds_codes`=True is for a new model"):
+        ModelArguments(model_name_or_path="runs/done", embeds_codes=True)
 
 
 def test_a_window_without_room_for_spans_is_refused(run, codes):

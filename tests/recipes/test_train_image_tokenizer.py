@@ -211,6 +211,7 @@ def test_a_decoder_is_trained_behind_codes_of_patches(run_vq):
         (["--image_tokenizer_class", "AutoencoderKL"], "`patch_codes`=True needs codes"),
         (["--latent_channels", "5"], "`latent_channels`=5 must be 12"),
         (["--vq_embed_dim", "5"], "`vq_embed_dim`=5 must be none"),
+        (["--patch_codes", "false", "--shared_patterns", "true"], "`shared_patterns`=True is of patches"),
     ):
         with pytest.raises(ValueError, match=told):
             run_vq(*words, *wrong, folder="wrong")

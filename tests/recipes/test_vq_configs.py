@@ -25,7 +25,7 @@ def parse(name: str) -> tuple[ImageTokenizerArguments, TrainingRecipe]:
 
 @pytest.mark.parametrize(
     ("name", "grid", "num_codes"),
-    [("vq_tiny.yaml", 8, 512), ("vq_32px.yaml", 8, 8192), ("vq_256px.yaml", 32, 8192)],
+    [("vq_tiny.yaml", 8, 512), ("vq_32px.yaml", 8, 16384), ("vq_256px.yaml", 32, 8192)],
 )
 def test_pictures_become_as_many_codes_as_the_recipe_says(name: str, grid: int, num_codes: int) -> None:
     arguments, recipe = parse(name)

@@ -88,6 +88,43 @@ def test_more_codes_than_patches_are_refused():
         cluster_patches(make_vq([16, 32], 4), torch.zeros(2, 3, 8, 8), seed=0)
 
 
+RED, BLUE, WHITE, GRAY = (0.7, -0.8, -0.6), (-0.8, -0.4, 0.8), (1.0, 1.0, 1.0), (0.5, 0.5, 0.5)
+
+
+def paint(pattern: list[float], shape: tuple[float, ...], ground: tuple[float, ...]) -> torch.Tensor:
+    share = torch.tensor(pattern).view(1, 2, 2)
+    return torch.tensor(ground).view(3, 1, 1) * (1 - share) + torch.tensor(shape).view(3, 1, 1) * share
+
+
+@torch.no_grad()
+def test_a_shared_pattern_has_a_code_in_colors_that_it_was_never_seen_in():
+    corner, edge, faint = [1.0, 0, 0, 0], [1.0, 1, 0, 0], [0, 0.5, 0, 0.0]
+    seen = [(corner, RED, WHITE), (edge, RED, WHITE), (edge, BLUE, GRAY), (faint, BLUE, GRAY), (edge, RED, GRAY)]
+    plain = [([0.0] * 4, color, color) for color in (RED, BLUE, WHITE, GRAY)]
+    images = torch.stack([paint(*patch) for patch in seen + plain]).clamp(-1, 1)
+    vq = make_vq([16, 32], 4, num_codes=4 + 3 * 3 + 1)  # colours, three patterns in three pairs, and one left over
+    cluster_patches(vq, images, seed=0, shared_patterns=True)
+    unseen = torch.stack([paint(corner, BLUE, GRAY), paint(corner, RED, GRAY), paint(faint, RED, WHITE)])
+    for pictures in (images, unseen):
+        latents = vq.encode(pictures).latents
+        codes = vq.quantize.embedding(find_codes(vq, latents)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(codes, latents, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "num_codes", "words"),
+    [
+        (make_images(40, 2, 2), 7, "have 0 patches of one colour that differ. From 2 to 32"),
+        (make_images(40, 1, 1).expand(-1, -1, 2, 2), 7, "have 40 patches of one colour"),
+        (torch.stack([paint(p, RED, WHITE) for p in ([0.0] * 4, [1.0] * 4, [1.0, 0, 0, 0])]), 2, "leaves 0 patterns"),
+        (torch.stack([paint(p, RED, WHITE) for p in ([0.0] * 4, [1.0] * 4, [1.0, 0, 0, 0])]), 4, "leaves 2 patterns"),
+    ],
+)
+def test_pictures_that_share_no_patterns_are_refused(images, num_codes, words):
+    with pytest.raises(ValueError, match=words):
+        cluster_patches(make_vq([16, 32], 4, num_codes=num_codes), images, seed=0, shared_patterns=True)
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [

@@ -55,6 +55,12 @@ class ImageTokenizerArguments:
             "decoder alone is trained."
         },
     )
+    shared_patterns: bool = field(
+        default=False,
+        metadata={
+            "help": "With patch_codes, for drawn pictures of few colours: a code for each pattern in each two colours."
+        },
+    )
     code_revival_steps: int | None = field(
         default=200, metadata={"help": "Every so many steps usage is logged, and codes not used since are drawn anew."}
     )
@@ -86,6 +92,8 @@ class ImageTokenizerArguments:
             )
         if self.patch_codes:
             self._refuse_what_is_no_patch()
+        elif self.shared_patterns:
+            raise ValueError("`shared_patterns`=True is of patches. Set `patch_codes` too, or leave it out.")
         if not 0 <= self.latent_noise_scale <= 1:
             raise ValueError(f"`latent_noise_scale`={self.latent_noise_scale} must be at least 0 and at most 1.")
         if self.image_tokenizer_class == "VQModel" and self.latent_noise_scale != 1:
