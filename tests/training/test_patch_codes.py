@@ -118,6 +118,7 @@ def test_a_shared_pattern_has_a_code_in_colors_that_it_was_never_seen_in():
         (make_images(40, 1, 1).expand(-1, -1, 2, 2), 7, "have 40 patches of one colour"),
         (torch.stack([paint(p, RED, WHITE) for p in ([0.0] * 4, [1.0] * 4, [1.0, 0, 0, 0])]), 2, "leaves 0 patterns"),
         (torch.stack([paint(p, RED, WHITE) for p in ([0.0] * 4, [1.0] * 4, [1.0, 0, 0, 0])]), 4, "leaves 2 patterns"),
+        (torch.stack([paint([0.0] * 4, color, color) for color in (RED, WHITE)]), 4, "each of 0 pairs of 2 colours"),
     ],
 )
 def test_pictures_that_share_no_patterns_are_refused(images, num_codes, words):

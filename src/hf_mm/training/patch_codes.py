@@ -172,8 +172,8 @@ def _cross_patterns(patches: np.ndarray, counts: np.ndarray, num_codes: int, see
     pair_counts = np.bincount(pair_numbers, weights=counts, minlength=len(pairs))
     pairs = pairs[pair_counts > _RAREST_PAIR * counts.sum()]
     patterns, places = np.unique(shares.round(2), axis=0, return_inverse=True)
-    num_patterns = (num_codes - len(colors)) // len(pairs)
-    if not 1 <= num_patterns <= len(patterns):
+    num_patterns = (num_codes - len(colors)) // max(len(pairs), 1)
+    if not (len(pairs) and 1 <= num_patterns <= len(patterns)):
         raise ValueError(
             f"`num_vq_embeddings`={num_codes} leaves {num_patterns} patterns to each of {len(pairs)} pairs of "
             f"{len(colors)} colours, and the pictures have {len(patterns)}. From 1 to these would be right."
