@@ -29,6 +29,7 @@ from hf_mm.data.task_documents import TaskContent
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
 from hf_mm.training.code_embeddings import embed_patches
+from hf_mm.training.patch_codes import read_patches
 
 
 NUM_MEASURED = 300  # documents that are built to know their mean
@@ -219,15 +220,14 @@ def embed_codes(model: Any) -> None:
         ValueError: If it has none whose codes are patches of pixels.
     """
     tokenizer = find_image_tokenizer(model)
-    codes = tokenizer.quantize.embedding.weight if isinstance(tokenizer, VQModel) else None
-    if codes is None or codes.shape[1] != 3 * 4 ** (len(tokenizer.config.block_out_channels) - 1):
+    patches = read_patches(tokenizer) if isinstance(tokenizer, VQModel) else None
+    if patches is None:
         raise ValueError(
             "`embeds_codes`=True needs an `image_tokenizer_name` whose codes are patches of pixels, as `patch_codes` "
             "of recipes/train_image_tokenizer.py makes them. Name one, or set it to false."
         )
-    pixels = codes.float().unflatten(1, (3, -1)).movedim(1, -1)  # a patch's channels lie colour by colour
     ids, weight = model.config.image_token_ids, model.get_input_embeddings().weight
-    weight[ids.start : ids.stop] = model.config.initializer_range * embed_patches(pixels, weight.shape[1])
+    weight[ids.start : ids.stop] = model.config.initializer_range * embed_patches(patches, weight.shape[1])
 
 
 def reads_codes(model: Any) -> bool:

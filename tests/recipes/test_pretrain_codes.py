@@ -17,6 +17,7 @@ from building import ModelArguments, build_model, load_config
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.text_tokenizer import train_text_tokenizer
 from hf_mm.training.checkpoint import list_checkpoints
+from hf_mm.training.patch_codes import set_patch_encoder
 
 
 NUM_CODES = 23
@@ -175,6 +176,10 @@ def test_embeddings_of_codes_begin_as_what_these_show(run, codes, tmp_path):
     patches = torch.rand(NUM_CODES, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     patches[1] = patches[0] + 0.01
     vq.quantize.embedding.weight.data = patches
+    vq.save_pretrained(tmp_path / "trained")  # of the same shape, but its codes mean something else
+    with pytest.raises(ValueError, match="whose codes are patches of pixels"):
+        run("wrong", **{**codes, "image_tokenizer_name": tmp_path / "trained"}, embeds_codes=True)
+    set_patch_encoder(vq)
     vq.save_pretrained(tmp_path / "patches")
     arguments = ModelArguments(
         config_name=str(codes["config_name"]), image_tokenizer_name=str(tmp_path / "patches"), embeds_codes=True

@@ -7,7 +7,7 @@ import torch
 from diffusers import VQModel
 
 from hf_mm.training.image_tokenizer_codecs import find_codes
-from hf_mm.training.patch_codes import cluster_patches, find_patch_fault, set_patch_encoder
+from hf_mm.training.patch_codes import cluster_patches, find_patch_fault, read_patches, set_patch_encoder
 
 
 pytest.importorskip("faiss")
@@ -57,6 +57,21 @@ def test_a_latent_pixel_is_the_pixels_under_it(block_out_channels, norm_num_grou
     ]
     assert sorted(order) == list(range(len(latents[0])))
     torch.testing.assert_close(latents, patches[:, order], atol=0.01, rtol=0)
+
+
+@torch.no_grad()
+def test_codes_are_read_as_the_patches_that_they_stand_for():
+    vq = make_vq([12, 48, 98], 1, num_codes=4)
+    images = make_images(4, 4, 4)
+    cluster_patches(vq, images, seed=0)
+    patches = read_patches(vq)
+    assert patches.shape == (4, 16, 3)
+    shown = images.movedim(1, -1).flatten(1, 2)  # (4, P, 3), places in another order
+    assert torch.equal(
+        patches.sort(1).values.sum((1, 2)).sort().values, shown.sort(1).values.sum((1, 2)).sort().values
+    )
+    vq.encoder.conv_out.bias.data += 0.1
+    assert read_patches(vq) is None
 
 
 @torch.no_grad()

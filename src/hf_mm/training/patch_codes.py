@@ -94,6 +94,34 @@ def set_patch_encoder(vq: VQModel) -> None:
     vq.quant_conv.weight[values, values] = 1
 
 
+def _cut_patches(vq: VQModel, images: torch.Tensor) -> torch.Tensor:
+    """Gives what [`set_patch_encoder`] makes of images, but for rounding; channels lie colour by colour."""
+    for _ in vq.config.block_out_channels[1:]:
+        images = F.pixel_unshuffle(images, 2)
+    return images
+
+
+@torch.no_grad()
+def read_patches(vq: VQModel) -> torch.Tensor | None:
+    """Reads the pixels that codes stand for.
+
+    Args:
+        vq (`VQModel`): Any.
+
+    Returns:
+        `torch.FloatTensor` of shape `(K, P, 3)`, or `None` where its encoder does not pass patches on.
+
+    """
+    codes = vq.quantize.embedding.weight.float()
+    side = 2 ** len(vq.config.block_out_channels)
+    images = torch.linspace(-1, 1, 3 * side**2, device=codes.device).view(1, 3, side, side)
+    patches = _cut_patches(vq, images)
+    latents = vq.encode(images.to(vq.dtype)).latents.float()
+    if latents.shape != patches.shape or not torch.allclose(latents, patches, atol=0.05):
+        return None
+    return codes.unflatten(1, (3, -1)).movedim(1, -1)
+
+
 @torch.no_grad()
 def cluster_patches(vq: VQModel, images: torch.Tensor, seed: int, *, shared_patterns: bool = False) -> None:
     """Makes the codebook the k-means of patches; in several processes it is the main one's.
@@ -116,18 +144,15 @@ def cluster_patches(vq: VQModel, images: torch.Tensor, seed: int, *, shared_patt
 
     """
     codebook = vq.quantize.embedding.weight
-    patches = images
-    for _ in vq.config.block_out_channels[1:]:
-        patches = F.pixel_unshuffle(patches, 2)  # one level's: the order of channels is the encoder's
-    found = patches.movedim(1, -1).flatten(0, 2).cpu().numpy()
+    found = _cut_patches(vq, images).movedim(1, -1).flatten(0, 2).cpu().numpy()
     different, counts = np.unique(found, axis=0, return_counts=True)
     if len(different) < len(codebook) and not shared_patterns:
         raise ValueError(
             f"`num_vq_embeddings`={len(codebook)} is more than the {len(different)} different patches of "
             f"`num_revival_images`={len(images)} pictures. Ask for fewer codes, or look at more pictures."
         )
-    find_codes = _cross_patterns if shared_patterns else _find_means
-    codes = torch.from_numpy(find_codes(different, counts, len(codebook), seed)).to(codebook)
+    make_codes = _cross_patterns if shared_patterns else _find_means
+    codes = torch.from_numpy(make_codes(different, counts, len(codebook), seed)).to(codebook)
     codebook.copy_(broadcast(codes))
 
 
