@@ -126,6 +126,19 @@ def test_a_shared_pattern_has_a_code_in_colors_that_it_was_never_seen_in():
         torch.testing.assert_close(codes, latents, atol=0.02, rtol=0)
 
 
+@torch.no_grad()
+def test_two_colors_that_hardly_meet_take_no_codes_from_others():
+    shapes = [[1.0, 0, 0, 0], [1.0, 1, 0, 0], [0, 0.5, 0, 0.0]]
+    often = [paint(shape, color, WHITE) for shape in shapes for color in (RED, BLUE)]
+    plain = [paint([0.0] * 4, color, color) for color in (RED, BLUE, WHITE)]
+    images = torch.stack([*often * 100, *plain, paint([1.0, 1, 0, 0], RED, BLUE)])
+    vq = make_vq([16, 32], 4, num_codes=3 + 2 * 3)  # three patterns in two pairs; in three pairs two
+    cluster_patches(vq, images, seed=0, shared_patterns=True)
+    latents = vq.encode(torch.stack(often)).latents
+    codes = vq.quantize.embedding(find_codes(vq, latents)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(codes, latents, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("images", "num_codes", "words"),
     [
