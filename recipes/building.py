@@ -29,10 +29,14 @@ from hf_mm.data.task_documents import TaskContent
 from hf_mm.data.text_tokenizer import load_text_tokenizer, train_text_tokenizer
 from hf_mm.data.training_documents import CodeDocuments, NoisedDocuments, TrainingDocuments
 from hf_mm.training.code_embeddings import embed_patches
+from hf_mm.training.optimization import hold_rows
 from hf_mm.training.patch_codes import read_patches
 
 
 NUM_MEASURED = 300  # documents that are built to know their mean
+
+
+_CODE_RANGE = 0.1  # deviation of embeddings that are not trained, and so do not grow
 
 
 @dataclass
@@ -56,9 +60,12 @@ class ModelArguments:
             "help": "Frozen image tokenizer of a new model; with a checkpoint: its own with a decoder trained further."
         },
     )
-    embeds_codes: bool = field(
-        default=False,
-        metadata={"help": "Embeddings of a new model's codes begin as what these show: for codes of patches."},
+    trains_code_embeddings: bool = field(
+        default=True,
+        metadata={
+            "help": "False: a new model's embeddings of codes are what these show, for codes of patches; those of a "
+            "checkpoint stay."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -69,11 +76,6 @@ class ModelArguments:
             raise ValueError(
                 f"`{given[0]}`={getattr(self, given[0])!r} is for a new model, and `model_name_or_path`="
                 f"{self.model_name_or_path!r} is given, which has its own. Set one of the two to none."
-            )
-        if self.model_name_or_path is not None and self.embeds_codes:
-            raise ValueError(
-                f"`embeds_codes`=True is for a new model, and `model_name_or_path`={self.model_name_or_path!r} has "
-                "learned its embeddings. Set it to false."
             )
 
 
@@ -198,20 +200,23 @@ def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple
             processor.objective = config.objective  # which the recipe may have changed
         if arguments.image_tokenizer_name is not None:
             replace_image_decoder(model, arguments.image_tokenizer_name)
+        if not arguments.trains_code_embeddings:
+            hold_code_embeddings(model)
         return model, processor
     processor = PROCESSOR_MAPPING[type(config)].from_config(config, tokenizer)
     config.set_tokenizer(processor.tokenizer)
     model = AutoModelForMultimodalLM.from_config(config)
     if arguments.image_tokenizer_name is not None:
         model.load_image_tokenizer(arguments.image_tokenizer_name)
-    if arguments.embeds_codes:
+    if not arguments.trains_code_embeddings:
         embed_codes(model)
+        hold_code_embeddings(model)
     return model, processor
 
 
 @torch.no_grad()
 def embed_codes(model: Any) -> None:
-    """Lets embeddings of a new model's codes begin as what these show; see [`embed_patches`].
+    """Makes a model's embeddings of codes what these show; see [`embed_patches`].
 
     Args:
         model (`PreTrainedModel`): With its image tokenizer.
@@ -223,11 +228,31 @@ def embed_codes(model: Any) -> None:
     patches = read_patches(tokenizer) if isinstance(tokenizer, VQModel) else None
     if patches is None:
         raise ValueError(
-            "`embeds_codes`=True needs an `image_tokenizer_name` whose codes are patches of pixels, as `patch_codes` "
-            "of recipes/train_image_tokenizer.py makes them. Name one, or set it to false."
+            "`trains_code_embeddings`=False needs an `image_tokenizer_name` whose codes are patches of pixels, as "
+            "`patch_codes` of recipes/train_image_tokenizer.py makes them. Name one, or set it to true."
         )
     ids, weight = model.config.image_token_ids, model.get_input_embeddings().weight
-    weight[ids.start : ids.stop] = model.config.initializer_range * embed_patches(patches, weight.shape[1])
+    weight[ids.start : ids.stop] = _CODE_RANGE * embed_patches(patches, weight.shape[1])
+
+
+def hold_code_embeddings(model: Any) -> None:
+    """Keeps a model's embeddings of codes as they are while the rest of it is trained.
+
+    Trained, they forget what codes show: already the first steps move those of all codes, each apart.
+
+    Args:
+        model (`PreTrainedModel`): Any, before it is prepared.
+
+    Raises:
+        ValueError: If it reads no codes.
+    """
+    if not reads_codes(model):
+        raise ValueError(
+            f"`trains_code_embeddings`=False is for models that read codes, and a {type(model).__name__} reads "
+            "latents. Set it to true."
+        )
+    ids = model.config.image_token_ids
+    hold_rows(model.get_input_embeddings().weight, slice(ids.start, ids.stop))
 
 
 def reads_codes(model: Any) -> bool:

@@ -169,7 +169,7 @@ def test_rows_of_another_image_tokenizer_than_the_models_are_refused(run, codes,
         run(**codes, eval_dataset_name=held_out, eval_dataset_split="train")
 
 
-def test_embeddings_of_codes_begin_as_what_these_show(run, codes, tmp_path):
+def test_embeddings_of_codes_are_what_these_show_and_stay_it(run, codes, encode, tmp_path):
     levels = (12, 48, 98)
     vq = VQModel(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                  block_out_channels=levels, latent_channels=48, num_vq_embeddings=NUM_CODES, norm_num_groups=1)  # fmt: skip
@@ -178,11 +178,13 @@ def test_embeddings_of_codes_begin_as_what_these_show(run, codes, tmp_path):
     vq.quantize.embedding.weight.data = patches
     vq.save_pretrained(tmp_path / "trained")  # of the same shape, but its codes mean something else
     with pytest.raises(ValueError, match="whose codes are patches of pixels"):
-        run("wrong", **{**codes, "image_tokenizer_name": tmp_path / "trained"}, embeds_codes=True)
+        run("wrong", **{**codes, "image_tokenizer_name": tmp_path / "trained"}, trains_code_embeddings=False)
     set_patch_encoder(vq)
     vq.save_pretrained(tmp_path / "patches")
     arguments = ModelArguments(
-        config_name=str(codes["config_name"]), image_tokenizer_name=str(tmp_path / "patches"), embeds_codes=True
+        config_name=str(codes["config_name"]),
+        image_tokenizer_name=str(tmp_path / "patches"),
+        trains_code_embeddings=False,
     )
     config, tokenizer = load_config(arguments), train_text_tokenizer(["a red star"], vocab_size=300)
     model, _ = build_model(arguments, config, tokenizer)
@@ -190,14 +192,27 @@ def test_embeddings_of_codes_begin_as_what_these_show(run, codes, tmp_path):
     embeddings = model.get_input_embeddings().weight[ids.start : ids.stop]
     distances = torch.cdist(embeddings, embeddings).fill_diagonal_(9.0)
     assert distances[0].argmin() == 1 and distances[0, 1] < 0.2 * distances[0, 2:].min()
-    assert embeddings.std().item() == pytest.approx(config.initializer_range, rel=0.1)
+    assert embeddings.std().item() == pytest.approx(0.1, rel=0.1)
 
-    with pytest.raises(
-        ValueError, match="`embeds_codes`=True needs an `image_tokenizer_name` whose codes are patches"
-    ):
-        run("wrong", **codes, embeds_codes=True)
-    with pytest.raises(ValueError, match="`embeds_codes`=True is for a new model"):
-        ModelArguments(model_name_or_path="runs/done", embeds_codes=True)
+    codes |= {
+        "image_tokenizer_name": tmp_path / "patches",
+        "dataset_name": encode("patch_codes", tmp_path / "patches"),
+    }
+    first = run("first", seed=3, trains_code_embeddings=False, **codes)
+    further = {**codes, "config_name": None, "image_tokenizer_name": None, "model_name_or_path": first}
+    second = run("second", trains_code_embeddings=False, learning_rate=0.1, **further)
+    before, after = (AutoModelForMultimodalLM.from_pretrained(folder) for folder in (first, second))
+    is_same = (before.get_input_embeddings().weight == after.get_input_embeddings().weight).all(1)
+    ids = after.config.image_token_ids
+    assert is_same[ids.start : ids.stop].all() and not is_same[: ids.start].all()
+    embeddings = after.get_input_embeddings().weight[ids.start : ids.stop]
+    distances = torch.cdist(embeddings, embeddings).fill_diagonal_(9.0)
+    assert distances[0].argmin() == 1 and distances[0, 1] < 0.2 * distances[0, 2:].min()
+
+
+def test_embeddings_of_codes_need_patches(run, codes):
+    with pytest.raises(ValueError, match="`trains_code_embeddings`=False needs an `image_tokenizer_name` whose codes"):
+        run("wrong", **codes, trains_code_embeddings=False)
 
 
 def test_a_window_without_room_for_spans_is_refused(run, codes):

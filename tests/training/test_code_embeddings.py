@@ -1,4 +1,4 @@
-"""Embeddings of patches: what is alike begins alike, whatever the colours."""
+"""Embeddings of patches: what is alike is alike, whatever the colours."""
 
 import torch
 
@@ -24,6 +24,19 @@ def test_patterns_are_alike_in_whatever_colors_and_colors_in_whatever_patterns()
     neither = likeness[~same_pair & ~same_pattern].mean()
     assert likeness[same_pair & ~same_pattern].mean() > neither + 0.3
     assert likeness[~same_pair & same_pattern].mean() > neither + 0.2
+
+
+def test_a_red_star_or_a_blue_moon_is_not_a_blue_star_or_a_red_moon():
+    star, moon = torch.eye(16)[:2]
+    red, blue = ([-1.0, -1, -1], [1.0, 0, 0]), ([-1.0, -1, -1], [0.0, 0, 1])
+    codes = torch.stack([paint(star, *red), paint(moon, *blue), paint(star, *blue), paint(moon, *red)])
+    codes = torch.cat([codes, paint(torch.eye(16)[2], *red)[None], paint(torch.eye(16)[3], *blue)[None]])
+    embeddings = embed_patches(codes, 256, torch.Generator().manual_seed(0))
+    asked = (embeddings[:2] - embeddings[2:4]).sum(
+        0
+    )  # of sums of parts alone this is 0, and no vector tells them apart
+    scores = embeddings[:4] @ asked
+    assert scores[:2].min() > scores[2:].max() + 20
 
 
 def test_patches_of_one_color_have_an_embedding():

@@ -12,6 +12,7 @@ from hf_mm.training.optimization import (
     build_lr_scheduler,
     build_optimizer,
     ema_weights,
+    hold_rows,
     prepare_training,
     set_attention,
     trainable_parameters,
@@ -50,6 +51,28 @@ def test_norms_with_a_gain_for_each_head_do_not_decay() -> None:
     decayed, plain = build_optimizer(model, TrainingRecipe(weight_decay=0.3)).param_groups
     assert [tuple(weight.shape) for weight in decayed["params"]] == [(6, 6)]
     assert [tuple(weight.shape) for weight in plain["params"]] == [(2, 3), (2, 3)]
+
+
+def test_held_rows_stay_while_the_others_are_trained() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(6, 4)
+    before = embedding.weight.detach().clone()
+    hold_rows(embedding.weight, slice(2, 5))
+    optimizer = build_optimizer(embedding, TrainingRecipe(weight_decay=0.3, learning_rate=0.1))
+    for _ in range(3):
+        embedding(torch.arange(6)).square().sum().backward()
+        assert embedding.weight.grad[2:5].count_nonzero() == 0  # so that they count in no norm either
+        optimizer.step()
+    assert torch.equal(embedding.weight[2:5], before[2:5])
+    assert (embedding.weight != before)[[0, 1, 5]].all()
+
+
+def test_held_rows_are_refused_where_they_would_be_trained() -> None:
+    model = nn.Linear(2, 2)
+    hold_rows(model.weight, slice(0, 1))
+    sharding = SimpleNamespace(is_fsdp2=True)
+    with pytest.raises(ValueError, match="`trains_code_embeddings`=False holds rows of a matrix"):
+        optimization._place(sharding, model, None)
 
 
 def test_layers_are_sharded_that_a_model_names_and_has() -> None:

@@ -1,4 +1,4 @@
-"""Embeddings that begin as what codes look like, so that what is learned of one code holds for those like it.
+"""Embeddings that are what codes look like, so that what is learned of one code holds for those like it.
 
 Knows a codebook of patches and an embedding matrix. Does not know the model.
 """
@@ -13,11 +13,13 @@ _PATTERN_SCALE = 1.0  # of patterns, the root of summed squared differences of c
 # Axes: K codes, P pixels of a patch, D hidden.
 @torch.no_grad()
 def embed_patches(codes: torch.Tensor, hidden_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Embeds patches by their two colours and by the pattern that these make, each apart.
+    """Embeds patches by their two colours, by the pattern that these make, and by all of them at once.
 
-    An embedding is the sum of three vectors, of the darkest and of the brightest pixel's colour and of how near each
-    pixel is to the latter; so a pattern is the same direction in whatever colours, and a model that has seen it in
-    some can write it in others. Not in the papers; ours.
+    An embedding is the sum of four vectors. Three are of the darkest and of the brightest pixel's colour and of how
+    near each pixel is to the latter; so a pattern is the same direction in whatever colours, and a model that has seen
+    it in some can write it in others. The fourth is of the three together: without it whatever makes a red star and a
+    blue moon likely would make a blue star and a red moon as likely, and so a scene of two objects would mix them. Not
+    in the papers; ours.
 
     Args:
         codes (`torch.FloatTensor` of shape `(K, P, 3)`): Pixels in [-1, 1].
@@ -35,8 +37,9 @@ def embed_patches(codes: torch.Tensor, hidden_size: int, generator: torch.Genera
     contrast = bright - dark
     offsets = ((codes - dark[:, None]) * contrast[:, None]).sum(-1)  # (K, P)
     pattern = offsets / contrast.square().sum(-1, keepdim=True).clamp(min=1e-4)
-    parts = [(dark, _COLOR_SCALE), (bright, _COLOR_SCALE), (pattern, _PATTERN_SCALE)]
-    embeddings = sum(_fourier(values / scale, hidden_size, generator) for values, scale in parts)
+    parts = [dark / _COLOR_SCALE, bright / _COLOR_SCALE, pattern / _PATTERN_SCALE]
+    parts.append(torch.cat(parts, dim=1))
+    embeddings = sum(_fourier(values, hidden_size, generator) for values in parts)
     embeddings = embeddings - embeddings.mean(0)
     return embeddings / embeddings.square().mean().sqrt()
 

@@ -78,6 +78,8 @@ def _place(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
+    if any(hasattr(weight, "held_rows") for weight in model.parameters()):
+        raise ValueError("`trains_code_embeddings`=False holds rows of a matrix, which FSDP cannot. Train under DDP.")
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
         held = {type(part).__name__ for part in model.modules()}
@@ -129,6 +131,24 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def hold_rows(weight: nn.Parameter, rows: slice) -> None:
+    """Keeps rows of a matrix, such as some of the embeddings, as they are while its others are trained.
+
+    Args:
+        weight (`nn.Parameter`): Of a model that is not prepared yet. All of it goes without weight decay.
+        rows (`slice`): Of its first axis, with a start and a stop.
+
+    """
+
+    def forget(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()  # autograd forbids to change what it hands out
+        gradient[rows] = 0  # with which AdamW moves nothing
+        return gradient
+
+    weight.held_rows = rows
+    weight.register_hook(forget)
+
+
 def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.AdamW:
     """Builds a fused AdamW over the trainable parameters, with weight decay on matrices only.
 
@@ -137,7 +157,8 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Ada
         recipe (`TrainingRecipe`): Gives learning rate, betas, epsilon and weight decay.
 
     Returns:
-        `torch.optim.AdamW`: Two parameter groups, with decay (two dimensions or more, but not of norms) and without.
+        `torch.optim.AdamW`: Two parameter groups, with decay (two dimensions or more, but not of norms, and without
+            held rows) and without.
 
     Raises:
         ValueError: If no parameter is trainable.
@@ -151,11 +172,11 @@ def build_optimizer(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Ada
         raise ValueError(f"{type(model).__name__} has no trainable parameter. Set `requires_grad` on what to train.")
     # Chameleon's norms of queries and keys have a gain for each head.
     norms = [part for part in model.modules() if isinstance(part, nn.LayerNorm)]
-    of_norms = {id(gain) for norm in norms for gain in norm.parameters()}
-    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in of_norms]
+    spared = {id(gain) for norm in norms for gain in norm.parameters()}
+    spared |= {id(p) for p in parameters if p.ndim < 2 or hasattr(p, "held_rows")}
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2 or id(p) in of_norms], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
