@@ -40,7 +40,6 @@ from hf_mm.training.image_tokenizer_arguments import (
 from hf_mm.training.image_tokenizer_codecs import VQCodec, measure_latent_scale, save_reconstructions
 from hf_mm.training.loop import TrainingProgress, train
 from hf_mm.training.optimization import TrainingParts, ema_weights, prepare_training, trainable_parameters
-from hf_mm.training.patch_codes import cluster_patches
 from hf_mm.training.recipe import TrainingRecipe, build_accelerator, parse_recipe
 from pushing import HubPush
 from reporting import CARDS, card_values, describe_origin, describe_run, finish_run
@@ -57,13 +56,6 @@ def build_upkeep(
     """Returns how often the codebook of a `VQModel` is looked after, and by what; one that stays as it is never."""
     if not isinstance(trainer.codec, VQCodec) or arguments.trains_decoder_only:
         return None, lambda step: None
-    if arguments.patch_codes:
-
-        def cluster(step: int) -> None:
-            images = pictures.draw(arguments.num_revival_images, torch.Generator().manual_seed(seed))
-            cluster_patches(trainer.codec.vq, images, seed, shared_patterns=arguments.shared_patterns)
-
-        return None, cluster
     upkeep = CodebookUpkeep(
         trainer.codec,
         parts.ema,

@@ -17,6 +17,7 @@ HEAD = "# Ours.\n# accelerate launch --num_processes 3 recipes/encode.py --confi
 def test_every_recipe_names_a_script_that_there_is(recipe):
     _, script = read_command(recipe)
     kinds = {"sft": "sft", "clip": "train_clip", "vq": "train_image_tokenizer", "vae": "train_image_tokenizer"}
+    kinds["patch"] = "make_patch_codes"
     kind = next((kinds[word] for word in recipe.stem.split("_") if word in kinds), "pretrain")
     assert script == f"recipes/{kind}.py" and (ROOT / script).is_file()
 

@@ -590,6 +590,18 @@ def test_what_a_checkpoint_lacks_begins_as_published(make_model, tmp_path):
     assert again.model.embed_positions.weight.any()
 
 
+@torch.no_grad()
+def test_an_image_tokenizer_that_asks_for_float32_computes_in_it(make_model, tiny_vq):
+    model = make_model(vq_config={**tiny_vq, "force_upcast": True})
+    pixels = torch.rand(2, 3, model.config.image_size, model.config.image_size) * 2 - 1
+    model.image_tokenizer.load_state_dict(model.image_tokenizer.bfloat16().float().state_dict())
+    ids = model.encode_images(pixels)
+    pictures = model.decode_image_tokens(ids)
+    assert torch.equal(model.bfloat16().encode_images(pixels), ids)
+    torch.testing.assert_close(model.bfloat16().decode_image_tokens(ids), pictures)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_a_pretrained_image_tokenizer_is_taken_over_with_its_weights(make_model, tiny_vq, tmp_path):
     tokenizer = VQModel(**tiny_vq)
     tokenizer.save_pretrained(tmp_path)

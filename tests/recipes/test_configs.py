@@ -8,6 +8,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 import encode_images
+import make_patch_codes
 import pretrain
 import sft
 import train_clip
@@ -21,6 +22,7 @@ from hf_mm.training.recipe import TrainingRecipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+PATCH_ARGUMENTS = (make_patch_codes.PatchCodeArguments, DatasetArguments)
 VAE_ARGUMENTS = (ImageTokenizerArguments, DatasetArguments, CaptionArguments, TrainingRecipe)
 
 # Transfusion (arXiv 2408.11039), table 2: layers, width, heads; then the parameters of the name, in units of a billion.
@@ -54,6 +56,8 @@ def kinds_of(config: Path) -> tuple[type, ...]:
         return train_clip.ARGUMENTS
     if config.stem.endswith("sft"):
         return sft.ARGUMENTS
+    if config.name.startswith("patch_codes"):
+        return PATCH_ARGUMENTS
     return VAE_ARGUMENTS if config.name.startswith(("vae", "vq")) else pretrain.ARGUMENTS
 
 
@@ -68,7 +72,12 @@ def test_every_recipe_opens_with_paper_and_command_and_parses(config, monkeypatc
     monkeypatch.chdir(ROOT)
     comment = "".join(line for line in config.read_text().splitlines(True) if line.startswith("#"))
     assert config.read_text().startswith("#") and re.search(r"arXiv \d{4}\.\d{5}", comment)
-    recipes = {VAE_ARGUMENTS: "train_image_tokenizer", train_clip.ARGUMENTS: "train_clip", sft.ARGUMENTS: "sft"}
+    recipes = {
+        VAE_ARGUMENTS: "train_image_tokenizer",
+        PATCH_ARGUMENTS: "make_patch_codes",
+        train_clip.ARGUMENTS: "train_clip",
+        sft.ARGUMENTS: "sft",
+    }
     recipe = recipes.get(kinds_of(config), "pretrain")
     assert re.search(
         rf"# accelerate launch .*recipes/{recipe}\.py --config (recipes/configs/{config.name}|<this file>)", comment

@@ -17,7 +17,7 @@ from building import ModelArguments, build_model, load_config
 from hf_mm.data.image_encoding import read_manifest
 from hf_mm.data.text_tokenizer import train_text_tokenizer
 from hf_mm.training.checkpoint import list_checkpoints
-from hf_mm.training.patch_codes import set_patch_encoder
+from hf_mm.training.patch_autoencoder import build_patch_autoencoder
 
 
 NUM_CODES = 23
@@ -170,16 +170,13 @@ def test_rows_of_another_image_tokenizer_than_the_models_are_refused(run, codes,
 
 
 def test_embeddings_of_codes_are_what_these_show_and_stay_it(run, codes, encode, tmp_path):
-    levels = (12, 48, 98)
-    vq = VQModel(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                 block_out_channels=levels, latent_channels=48, num_vq_embeddings=NUM_CODES, norm_num_groups=1)  # fmt: skip
+    vq = build_patch_autoencoder(4, 16, NUM_CODES)
     patches = torch.rand(NUM_CODES, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     patches[1] = patches[0] + 0.01
     vq.quantize.embedding.weight.data = patches
-    vq.save_pretrained(tmp_path / "trained")  # of the same shape, but its codes mean something else
+    VQModel.from_config(vq.config).save_pretrained(tmp_path / "trained")  # of the same shape, but not of patches
     with pytest.raises(ValueError, match="whose codes are patches of pixels"):
         run("wrong", **{**codes, "image_tokenizer_name": tmp_path / "trained"}, trains_code_embeddings=False)
-    set_patch_encoder(vq)
     vq.save_pretrained(tmp_path / "patches")
     arguments = ModelArguments(
         config_name=str(codes["config_name"]),

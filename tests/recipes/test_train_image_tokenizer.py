@@ -192,31 +192,6 @@ def test_a_decoder_is_trained_alone_behind_codes_that_stay(run_vq):
         run_vq("--latent_noise_scale", "0.5", folder="wrong")
 
 
-def test_a_decoder_is_trained_behind_codes_of_patches(run_vq):
-    pytest.importorskip("faiss")
-    words = "--patch_codes true --local_codes false --code_revival_steps none --block_out_channels 16 32".split()
-    words += "--latent_channels 12 --num_vq_embeddings 19".split()
-    whole = run_vq("--max_steps", "4", *words)
-    for steps in (2, 4):
-        cut = run_vq("--max_steps", str(steps), *words, folder="cut")
-    first, second = weights_of(whole), weights_of(cut)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    further = weights_of(run_vq("--max_steps", "2", *words, "--seed", "0", folder="less"))
-    moved = {name.partition(".")[0] for name in first if not torch.equal(first[name], further[name])}
-    assert moved == {"decoder", "post_quant_conv"}
-    for wrong, told in (
-        (["--local_codes", "true"], "`local_codes`=True must be False"),
-        (["--code_revival_steps", "2"], "`code_revival_steps`=2 none"),
-        (["--model_name_or_path", str(whole)], "`patch_codes`=True makes codes"),
-        (["--image_tokenizer_class", "AutoencoderKL"], "`patch_codes`=True needs codes"),
-        (["--latent_channels", "5"], "`latent_channels`=5 must be 12"),
-        (["--vq_embed_dim", "5"], "`vq_embed_dim`=5 must be none"),
-        (["--patch_codes", "false", "--shared_patterns", "true"], "`shared_patterns`=True is of patches"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            run_vq(*words, *wrong, folder="wrong")
-
-
 @pytest.mark.slow
 def test_two_processes_revive_the_same_codes_as_one(tmp_path):
     def launch(folder: str, num_processes: int, rows: int) -> Path:

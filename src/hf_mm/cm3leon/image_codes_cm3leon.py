@@ -4,6 +4,18 @@ import torch
 from diffusers import VQModel
 
 
+def upcast(tokenizer: VQModel) -> VQModel:
+    """Makes a tokenizer float32 where its `force_upcast` says that it computes in nothing less, as diffusers has it.
+
+    Args:
+        tokenizer (`VQModel`): Any; it is changed in place.
+
+    Returns:
+        `VQModel`: the same.
+    """
+    return tokenizer.float() if tokenizer.config.force_upcast else tokenizer
+
+
 @torch.no_grad()
 def decode_codes(tokenizer: VQModel, codes: torch.Tensor) -> torch.Tensor:
     """Turns codes into pictures.
@@ -16,6 +28,7 @@ def decode_codes(tokenizer: VQModel, codes: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.FloatTensor` of shape `(num_images, channels, height, width)`: in [-1, 1] but for overshoots.
     """
+    upcast(tokenizer)
     shape = (*codes.shape, tokenizer.quantize.vq_embed_dim)
     if tokenizer.config.lookup_from_codebook:
         return tokenizer.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
@@ -23,4 +36,4 @@ def decode_codes(tokenizer: VQModel, codes: torch.Tensor) -> torch.Tensor:
     return tokenizer.decode(entries, force_not_quantize=True).sample
 
 
-__all__ = ["decode_codes"]
+__all__ = ["decode_codes", "upcast"]

@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL, VQModel
 
 from .image_tokenizer import ImageTokenizerTrainer, ImageTokenizerWeights, PatchDiscriminator, load_feature_distance
 from .image_tokenizer_codecs import KLCodec, VQCodec, freeze_encoder
-from .patch_codes import find_patch_fault, set_patch_encoder
 
 
 @dataclass
@@ -48,19 +47,6 @@ class ImageTokenizerArguments:
     local_codes: bool = field(
         default=False, metadata={"help": "Codes of a VQModel learn from the pixels under them alone."}
     )
-    patch_codes: bool = field(
-        default=False,
-        metadata={
-            "help": "Codes of a VQModel are k-means of the pixels under them, of num_revival_images pictures; its "
-            "decoder alone is trained."
-        },
-    )
-    shared_patterns: bool = field(
-        default=False,
-        metadata={
-            "help": "With patch_codes, for drawn pictures of few colours: a code for each pattern in each two colours."
-        },
-    )
     code_revival_steps: int | None = field(
         default=200, metadata={"help": "Every so many steps usage is logged, and codes not used since are drawn anew."}
     )
@@ -90,10 +76,6 @@ class ImageTokenizerArguments:
                 f"`local_codes`=True needs codes, which `image_tokenizer_class`={self.image_tokenizer_class} has not. "
                 "Set it to VQModel, or leave `local_codes` out."
             )
-        if self.patch_codes:
-            self._refuse_what_is_no_patch()
-        elif self.shared_patterns:
-            raise ValueError("`shared_patterns`=True is of patches. Set `patch_codes` too, or leave it out.")
         if not 0 <= self.latent_noise_scale <= 1:
             raise ValueError(f"`latent_noise_scale`={self.latent_noise_scale} must be at least 0 and at most 1.")
         if self.image_tokenizer_class == "VQModel" and self.latent_noise_scale != 1:
@@ -110,30 +92,6 @@ class ImageTokenizerArguments:
             self._refuse_what_changes_codes()
         if start % (period or start + 1):
             raise ValueError(f"`quantization_start_step`={start} must be a multiple of `code_revival_steps`={period}.")
-
-    def _refuse_what_is_no_patch(self) -> None:
-        """Refuses fields under which codes could not be those of patches, or would be trained besides."""
-        if self.image_tokenizer_class != "VQModel":
-            raise ValueError(
-                f"`patch_codes`=True needs codes, which `image_tokenizer_class`={self.image_tokenizer_class} has not. "
-                "Set it to VQModel, or leave `patch_codes` out."
-            )
-        if self.model_name_or_path is not None:
-            raise ValueError(
-                f"`patch_codes`=True makes codes, and `model_name_or_path`={self.model_name_or_path!r} has some. Set "
-                "`trains_decoder_only` instead, or leave the path out."
-            )
-        if self.local_codes or self.quantization_start_step or self.code_revival_steps is not None:
-            raise ValueError(
-                f"`patch_codes`=True has nothing to train in codes: `local_codes`={self.local_codes} must be False, "
-                f"`quantization_start_step`={self.quantization_start_step} 0 and `code_revival_steps`="
-                f"{self.code_revival_steps} none."
-            )
-        shape = (self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.latent_channels)
-        if fault := find_patch_fault(*shape):
-            raise ValueError(f"{fault}, for `patch_codes`=True.")
-        if self.vq_embed_dim not in (None, self.latent_channels):
-            raise ValueError(f"`vq_embed_dim`={self.vq_embed_dim} must be none, for `patch_codes`=True.")
 
     def _refuse_what_changes_codes(self) -> None:
         """Refuses fields under which a decoder could not be trained alone."""
@@ -167,7 +125,7 @@ def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL |
         return kind.from_pretrained(arguments.model_name_or_path, use_safetensors=True)
     num_levels = len(arguments.block_out_channels)
     own = {"num_vq_embeddings": arguments.num_vq_embeddings, "vq_embed_dim": arguments.vq_embed_dim}
-    tokenizer = kind(
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * num_levels,
         up_block_types=("UpDecoderBlock2D",) * num_levels,
         block_out_channels=tuple(arguments.block_out_channels),
@@ -178,9 +136,6 @@ def build_image_tokenizer(arguments: ImageTokenizerArguments) -> AutoencoderKL |
         mid_block_add_attention=arguments.mid_block_add_attention,
         **(own if kind is VQModel else {}),
     )
-    if arguments.patch_codes:
-        set_patch_encoder(tokenizer)
-    return tokenizer
 
 
 def find_latent_shape(tokenizer: AutoencoderKL | VQModel, image_size: int) -> tuple[int, int, int]:
@@ -202,7 +157,7 @@ def build_trainer(arguments: ImageTokenizerArguments, tokenizer: AutoencoderKL |
     """Joins the tokenizer with its discriminator and the feature networks that the recipe names."""
     names = {"perceptual_distance": arguments.perceptual_model, "identity_distance": arguments.identity_model}
     codec: KLCodec | VQCodec
-    if arguments.trains_decoder_only or arguments.patch_codes:
+    if arguments.trains_decoder_only:
         freeze_encoder(tokenizer)
     if isinstance(tokenizer, VQModel):
         codec = VQCodec(tokenizer, arguments.commitment_weight, local_codes=arguments.local_codes)
