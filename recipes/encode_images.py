@@ -32,6 +32,7 @@ from hf_mm.data.sources import DatasetArguments, open_rows, prepare_rows
 from hf_mm.data.text_tokenizer import load_text_tokenizer
 from hf_mm.training.image_tokenizer_arguments import find_latent_shape
 from hf_mm.training.image_tokenizer_codecs import find_codes, measure_latent_scale
+from hf_mm.training.patch_codes import read_patches
 from hf_mm.training.recipe import end_processes, parse_recipe, start_processes
 
 
@@ -134,6 +135,12 @@ def choose_encoder(
     encode: Encoder
     if kind == "VQModel":
         vq = VQModel.from_pretrained(name, use_safetensors=True)
+        if arguments.image_size > vq.config.sample_size and read_patches(vq) is not None:
+            raise ValueError(
+                f"`image_size`={arguments.image_size} is more than the {vq.config.sample_size} pixels up to which the "
+                f"decoder of `image_tokenizer_name`={name} puts patches together. Make another with "
+                "recipes/make_patch_codes.py, or encode smaller pictures."
+            )
         tokenizer, encode = vq, CodeEncoder(vq, state.device)
         own = {"num_codes": vq.config.num_vq_embeddings}
         own["code_grid"] = list(find_latent_shape(vq, arguments.image_size)[1:])

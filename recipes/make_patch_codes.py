@@ -64,13 +64,10 @@ def make(arguments: PatchCodeArguments, data_args: DatasetArguments, argv: Seque
     save_reconstructions(vq, pictures.first(8), folder / "reconstructions.png")
     vq.save_pretrained(folder)
     recipe = asdict(arguments) | asdict(data_args) | {"push_to_hub": None}
-    facts = {
-        "command": spell_command("make_patch_codes.py", argv),
-        "num_pictures": len(images),
-        "measured": f"On {num_measured} pictures: {measured}.",
-    }
+    facts = {"command": spell_command("make_patch_codes.py", argv), "seed": arguments.seed}
+    own = {"num_pictures": len(images), "measured": f"On {num_measured} pictures: {measured}."}
     data = {"library_name": "diffusers", "pipeline_tag": "image-to-image", **describe_origin(recipe)}
-    write_card(folder, CARDS / "patch_codes.md", data, card_values(folder, vq, facts, recipe, ""))
+    write_card(folder, CARDS / "patch_codes.md", data, {**card_values(folder, vq, facts, recipe, ""), **own})
     return f"The tokenizer is in {folder}, with {measured}."
 
 

@@ -51,8 +51,8 @@ def score(value, name="glyph correct", data="held-out scenes (64)"):
 def test_each_template_says_what_a_run_has_to_say(template, tmp_path):
     card = write_card(tmp_path, template, {"license": "apache-2.0", "library_name": "peft", "tags": ["a"]}, VALUES)
     assert card.data.tags == ["a", "hf_mm"] and card.data.license == "apache-2.0"
-    # A checkpoint that is made a model tells of the run what it holds itself.
-    whole = () if template.stem == "checkpoint" else RUN_PARTS
+    # A checkpoint that is made a model tells of the run what it holds itself, and codes of patches have none.
+    whole = () if template.stem in ("checkpoint", "patch_codes") else RUN_PARTS
     for part in (FACTS["command"], "seed 3", *whole):
         assert part in card.text
     assert "icon_scenes:shapes" in card.text and "## Limits" in card.text and "{{" not in card.text

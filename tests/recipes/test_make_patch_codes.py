@@ -57,6 +57,11 @@ def test_a_tokenizer_is_made_that_redraws_pictures_and_encodes_rows(make, tmp_pa
         ]
     )
     assert read_manifest(encoded)["encoder"]["num_codes"] == 300
+    with pytest.raises(ValueError, match="`image_size`=64 is more than the 32 pixels up to which the decoder"):
+        encode_images.main(
+            [*WORDS[:2], "--image_size=64", f"--image_tokenizer_name={folder}", f"--output_dir={tmp_path / 'large'}"]
+        )
+    assert not (tmp_path / "large").exists()
 
 
 def test_shared_patterns_redraw_better_than_as_many_of_pooled_patches(make):
