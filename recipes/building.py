@@ -209,8 +209,8 @@ def build_model(arguments: ModelArguments, config: Any, tokenizer: Any) -> tuple
     if arguments.image_tokenizer_name is not None:
         model.load_image_tokenizer(arguments.image_tokenizer_name)
     if not arguments.trains_code_embeddings:
-        embed_codes(model)
         hold_code_embeddings(model)
+        embed_codes(model)
     return model, processor
 
 
@@ -229,7 +229,7 @@ def embed_codes(model: Any) -> None:
     if patches is None:
         raise ValueError(
             "`trains_code_embeddings`=False needs an `image_tokenizer_name` whose codes are patches of pixels, as "
-            "`patch_codes` of recipes/train_image_tokenizer.py makes them. Name one, or set it to true."
+            "recipes/make_patch_codes.py makes them. Name one, or set it to true."
         )
     ids, weight = model.config.image_token_ids, model.get_input_embeddings().weight
     weight[ids.start : ids.stop] = _CODE_RANGE * embed_patches(patches, weight.shape[1])

@@ -24,6 +24,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from diffusers import AutoencoderKL, VQModel
 
+from hf_mm.cm3leon.image_codes_cm3leon import full_precision
 from hf_mm.data.caption_arguments import CaptionArguments
 from hf_mm.data.fingerprints import digest_encoder
 from hf_mm.data.image_encoding import Encoder, encode_rows, raw_pixels
@@ -99,7 +100,9 @@ class CodeEncoder:
     def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Encodes uint8 pictures (B, 3, H, W) to int32 arrays (B, h * w)."""
         images = pixels.to(self.device, torch.float32) / 127.5 - 1
-        return {"codes": find_codes(self.vq, self.vq.encode(images).latents).flatten(1).int()}
+        with full_precision(self.vq):
+            latents = self.vq.encode(images.to(self.vq.dtype)).latents.float()
+        return {"codes": find_codes(self.vq, latents).flatten(1).int()}
 
 
 def load_vae(arguments: EncodeArguments, rows: Dataset, state: PartialState) -> tuple[AutoencoderKL, str]:
@@ -135,7 +138,7 @@ def choose_encoder(
     encode: Encoder
     if kind == "VQModel":
         vq = VQModel.from_pretrained(name, use_safetensors=True)
-        if arguments.image_size > vq.config.sample_size and read_patches(vq) is not None:
+        if arguments.image_size > (vq.config.sample_size or 0) and read_patches(vq) is not None:
             raise ValueError(
                 f"`image_size`={arguments.image_size} is more than the {vq.config.sample_size} pixels up to which the "
                 f"decoder of `image_tokenizer_name`={name} puts patches together. Make another with "

@@ -44,6 +44,12 @@ class PatchCodeArguments:
     output_dir: str = field(default="runs/patch_codes", metadata={"help": "Folder for the tokenizer."})
     seed: int = field(default=0, metadata={"help": "Seed of embedded scenes, and of which patches k-means begins at."})
 
+    def __post_init__(self) -> None:
+        """Refuses numbers of nothing."""
+        for name in ("num_vq_embeddings", "num_pictures", "num_scale_images"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}`={number} must be at least 1.")
+
 
 def make(arguments: PatchCodeArguments, data_args: DatasetArguments, argv: Sequence[str]) -> str:
     """Finds the codes, measures how many are used and saves the tokenizer; says where it is, and what was measured."""
@@ -63,9 +69,10 @@ def make(arguments: PatchCodeArguments, data_args: DatasetArguments, argv: Seque
     (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
     save_reconstructions(vq, pictures.first(8), folder / "reconstructions.png")
     vq.save_pretrained(folder)
-    recipe = asdict(arguments) | asdict(data_args) | {"push_to_hub": None}
+    recipe = asdict(arguments) | asdict(data_args)
     facts = {"command": spell_command("make_patch_codes.py", argv), "seed": arguments.seed}
     own = {"num_pictures": len(images), "measured": f"On {num_measured} pictures: {measured}."}
+    own["shared_patterns"] = arguments.shared_patterns
     data = {"library_name": "diffusers", "pipeline_tag": "image-to-image", **describe_origin(recipe)}
     write_card(folder, CARDS / "patch_codes.md", data, {**card_values(folder, vq, facts, recipe, ""), **own})
     return f"The tokenizer is in {folder}, with {measured}."

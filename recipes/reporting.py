@@ -269,8 +269,8 @@ def card_values(
     """
     pictures = [name for name in PICTURES if (folder / name).is_file()]
     return {
-        "name": Path(recipe["push_to_hub"] or folder.resolve().name).name,
-        "place": recipe["push_to_hub"] or HERE,
+        "name": Path(recipe.get("push_to_hub") or folder.resolve().name).name,
+        "place": recipe.get("push_to_hub") or HERE,
         "num_parameters": f"{sum(weight.numel() for weight in model.parameters()):,}",
         "facts": facts,
         "data": ", ".join(f"`{name}`" for name in without_folders(find_data(recipe))),

@@ -600,6 +600,16 @@ def test_an_image_tokenizer_that_asks_for_float32_computes_in_it(make_model, tin
     assert torch.equal(model.bfloat16().encode_images(pixels), ids)
     torch.testing.assert_close(model.bfloat16().decode_image_tokens(ids), pictures)
     assert model.lm_head.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode_images(pixels), ids)
+        assert torch.equal(model.decode_image_tokens(ids), pictures)
+    seen = []
+    model.image_tokenizer.decoder.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    before = torch.backends.cudnn.conv.fp32_precision
+    model.decode_image_tokens(ids)
+    assert seen == ["ieee"] and torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_a_pretrained_image_tokenizer_is_taken_over_with_its_weights(make_model, tiny_vq, tmp_path):

@@ -88,6 +88,12 @@ def test_without_faiss_it_is_said_before_pictures_are_drawn(make, monkeypatch):
         make("never")
 
 
+@pytest.mark.parametrize("name", ["num_vq_embeddings", "num_pictures", "num_scale_images"])
+def test_numbers_of_nothing_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"`{name}`=0 must be at least 1"):
+        make("wrong", f"--{name}=0")
+
+
 def test_sizes_that_do_not_fit_are_refused(make, tmp_path):
     pytest.importorskip("faiss")
     with pytest.raises(ValueError, match="`image_size`=30 must be a multiple of `patch_size`=4"):

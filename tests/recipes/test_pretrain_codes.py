@@ -207,9 +207,11 @@ def test_embeddings_of_codes_are_what_these_show_and_stay_it(run, codes, encode,
     assert distances[0].argmin() == 1 and distances[0, 1] < 0.2 * distances[0, 2:].min()
 
 
-def test_embeddings_of_codes_need_patches(run, codes):
-    with pytest.raises(ValueError, match="`trains_code_embeddings`=False needs an `image_tokenizer_name` whose codes"):
+def test_embeddings_of_codes_need_patches_and_a_model_of_codes(run, codes, latents):
+    with pytest.raises(ValueError, match="`trains_code_embeddings`=False needs .* whose codes .*make_patch_codes.py"):
         run("wrong", **codes, trains_code_embeddings=False)
+    with pytest.raises(ValueError, match="is for models that read codes, and a Transfusion.* reads latents"):
+        run("wrong", **latents, trains_code_embeddings=False)
 
 
 def test_a_window_without_room_for_spans_is_refused(run, codes):

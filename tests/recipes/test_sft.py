@@ -285,6 +285,11 @@ def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
         ({"window_length": 10}, "no row of 'edit@.*' fits into the 10 positions of a window .`window_length`"),
         ({"lora_rank": 2, "lora_modules_to_save": ["nowhere"]}, "no part .* ends in 'nowhere'"),
         ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
+        ({"trains_code_embeddings": False}, "is for models that read codes"),
+        (
+            {"lora_rank": 2, "lora_modules_to_save": ["norm"], "trains_code_embeddings": False},
+            "`lora_modules_to_save`=.* trains copies",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_by_name(fields, message, transfusion, tune, tmp_path):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,9 +71,10 @@ def test_held_rows_stay_while_the_others_are_trained() -> None:
 def test_held_rows_are_refused_where_they_would_be_trained() -> None:
     model = nn.Linear(2, 2)
     hold_rows(model.weight, slice(0, 1))
-    sharding = SimpleNamespace(is_fsdp2=True)
-    with pytest.raises(ValueError, match="`trains_code_embeddings`=False holds rows of a matrix"):
-        optimization._place(sharding, model, None)
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        sharding = SimpleNamespace(distributed_type=kind, is_fsdp2=False)
+        with pytest.raises(ValueError, match=f"holds rows of a matrix, which {kind.value} would train"):
+            optimization._place(sharding, model, None)
 
 
 def test_layers_are_sharded_that_a_model_names_and_has() -> None:

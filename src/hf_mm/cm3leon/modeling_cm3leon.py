@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .blocks_cm3leon import BLOCK_CLASSES, build_blocks, build_positions
 from .configuration_cm3leon import CM3LeonConfig
 from .generation_cm3leon import CM3LeonGenerationMixin
-from .image_codes_cm3leon import decode_codes, upcast
+from .image_codes_cm3leon import decode_codes, full_precision
 from .layers_cm3leon import PositionEmbedding, ResidualProjection
 from .layout_cm3leon import (
     CM3LeonOutput,
@@ -183,7 +183,8 @@ class CM3LeonModel(CM3LeonPreTrainedModel):
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; the model reads pictures of {side} x {side} "
                 f"pixels, {self.config.tokens_per_image} codes each. Resize them, or change `image_size`."
             )
-        latents = upcast(tokenizer).encode(pixel_values.to(tokenizer.dtype)).latents
+        with full_precision(tokenizer):
+            latents = tokenizer.encode(pixel_values.to(tokenizer.dtype)).latents
         vectors = latents.permute(0, 2, 3, 1).flatten(1, 2).float()  # (N, K, channels of a code)
         codes = torch.cdist(vectors, tokenizer.quantize.embedding.weight.float()).argmin(-1)
         return codes + self.config.first_image_token_id

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -76,10 +77,14 @@ def _place(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
     where no document had an image, adds zeros to the gradients of the others: without them it would send fewer numbers
     than they expect. (Unlike elsewhere a layer that no process used then still moves, by its moments and its decay.)
     """
+    sharding = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in sharding and any(hasattr(part, "held_rows") for part in model.parameters()):
+        raise ValueError(
+            f"`trains_code_embeddings`=False holds rows of a matrix, which {accelerator.distributed_type.value} would "
+            "train. Train under DDP, or set it to true."
+        )
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
-    if any(hasattr(weight, "held_rows") for weight in model.parameters()):
-        raise ValueError("`trains_code_embeddings`=False holds rows of a matrix, which FSDP cannot. Train under DDP.")
     plugin = accelerator.state.fsdp_plugin
     if plugin.transformer_cls_names_to_wrap is None:
         held = {type(part).__name__ for part in model.modules()}

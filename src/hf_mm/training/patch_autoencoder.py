@@ -12,6 +12,7 @@ from torch import nn
 _GROUPS = 4  # of every norm
 _LEVEL = 2048.0  # of constant channels, beside which values, of some dozens, hardly change a group's deviation
 _LIFT = 16.0  # SiLU leaves what lies so high as it is, and nothing of what lies as low
+_MAX_SIZE = 64  # counts of more pixels would weigh down their group below what SiLU leaves as it is
 _PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))  # row and column of a pixel within four
 _CENTER, _LEFT, _ABOVE = (1, 1), (1, 0), (0, 1)  # weights of a 3 x 3 convolution
 
@@ -19,7 +20,7 @@ _CENTER, _LEFT, _ABOVE = (1, 1), (1, 0), (0, 1)  # weights of a 3 x 3 convolutio
 # Axes: C channels; values lie in some of them, constants in the others.
 @torch.no_grad()
 def build_patch_autoencoder(patch_size: int, image_size: int, num_codes: int) -> VQModel:
-    """Builds a `VQModel` that decodes a code as the pixels that it holds, to a thousandth; codes are random.
+    """Builds a `VQModel` that decodes a code as the pixels that it holds, to 0.03 of [-1, 1]; codes are random.
 
     A trained encoder writes about an object all around it, already because its norms look at whole pictures, and small
     models read such codes slowly. Here constants outweigh values in every norm, and values that are read again are
@@ -29,7 +30,8 @@ def build_patch_autoencoder(patch_size: int, image_size: int, num_codes: int) ->
 
     Args:
         patch_size (`int`): Pixels of a patch's side, a power of two from 2 on.
-        image_size (`int`): Pixels of a picture's side, of which `patch_size` is a part. Smaller ones do as well.
+        image_size (`int`): Pixels of a picture's side, a multiple of `patch_size`, 64 at most: counts of more outweigh
+            values. Smaller pictures do as well.
         num_codes (`int`): Codes of the codebook.
 
     Returns:
@@ -43,6 +45,8 @@ def build_patch_autoencoder(patch_size: int, image_size: int, num_codes: int) ->
         raise ValueError(f"`patch_size`={patch_size} must be a power of two, from 2 on.")
     if image_size < patch_size or image_size % patch_size:
         raise ValueError(f"`image_size`={image_size} must be a multiple of `patch_size`={patch_size}.")
+    if image_size > _MAX_SIZE:
+        raise ValueError(f"`image_size`={image_size} must be at most {_MAX_SIZE}: patches are for small pictures.")
     num_levels = patch_size.bit_length()
     vq = VQModel(
         down_block_types=("DownEncoderBlock2D",) * num_levels,
@@ -55,7 +59,7 @@ def build_patch_autoencoder(patch_size: int, image_size: int, num_codes: int) ->
         num_vq_embeddings=num_codes,
         norm_num_groups=_GROUPS,
         mid_block_add_attention=False,
-        force_upcast=True,  # constants and values together need more digits than bfloat16 has
+        force_upcast=True,  # constants and values together need more digits than bfloat16 or TF32 have
     )
     for layer in vq.modules():
         if isinstance(layer, nn.Conv2d):
@@ -175,7 +179,8 @@ def _choose_values(resnet: ResnetBlock2D, num_values: int) -> None:
         resnet.norm2.bias[gates] = _LIFT - mean
         resnet.conv2.bias[targets[value]] = mean  # which the constants that are taken off have besides
     _add_constants(resnet.conv1)
-    resnet.conv_shortcut.weight[targets[num_values : num_values + 2], [column, row]] = 1
+    if num_values > 3:  # of the last level nothing counts
+        resnet.conv_shortcut.weight[targets[num_values : num_values + 2], [column, row]] = 1
     _add_constants(resnet.conv_shortcut)
 
 

@@ -34,6 +34,8 @@ def read_patches(vq: VQModel) -> torch.Tensor | None:
         `torch.FloatTensor` of shape `(K, P, 3)`, or `None` where its encoder does not pass patches on.
 
     """
+    if vq.config.in_channels != 3:
+        return None
     codes = vq.quantize.embedding.weight.float()
     side = 2 ** len(vq.config.block_out_channels)
     images = torch.linspace(-1, 1, 3 * side**2, device=codes.device).view(1, 3, side, side)
