@@ -57,10 +57,15 @@ def add_adapters(model: Any, arguments: AdapterArguments) -> PeftModel | None:
         arguments (`AdapterArguments`): Of the recipe.
 
     Raises:
-        ValueError: If the model has no part of a name that is given.
+        ValueError: If the model has no part of a name that is given, or rows that are held.
     """
     if arguments.lora_rank == 0:
         return None
+    if arguments.lora_modules_to_save and any(hasattr(weight, "held_rows") for weight in model.parameters()):
+        raise ValueError(
+            f"`lora_modules_to_save`={arguments.lora_modules_to_save} trains copies, in which `trains_code_embeddings`"
+            "=False holds nothing. Leave one of the two out."
+        )
     settings = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,

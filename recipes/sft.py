@@ -172,11 +172,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
     identity = {name: value for arguments in parsed[:-1] for name, value in asdict(arguments).items()}
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not given. Name the pretrained checkpoint to tune.")
-    if adapters.lora_modules_to_save and not model_args.trains_code_embeddings:
-        raise ValueError(
-            f"`lora_modules_to_save`={adapters.lora_modules_to_save} trains copies, in which `trains_code_embeddings`"
-            "=False holds nothing. Leave it out, or set `trains_code_embeddings` to true."
-        )
     output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe)
     push = HubPush(accelerator, recipe)

@@ -21,6 +21,7 @@ from hf_mm.data import collators
 from hf_mm.data.tasks import SOURCES as SOURCES_OF_PAPER
 from hf_mm.data.tasks import TASKS
 from hf_mm.training.checkpoint import list_checkpoints
+from hf_mm.training.optimization import hold_rows
 from hf_mm.training.recipe import parse_recipe
 from task_sources import CHAT
 
@@ -286,16 +287,19 @@ def test_conversations_about_scenes_are_tuned_on_and_scored(transfusion, tune):
         ({"lora_rank": 2, "lora_modules_to_save": ["nowhere"]}, "no part .* ends in 'nowhere'"),
         ({"lora_rank": 2, "lora_target_modules": ["nowhere"]}, "nowhere"),
         ({"trains_code_embeddings": False}, "is for models that read codes"),
-        (
-            {"lora_rank": 2, "lora_modules_to_save": ["norm"], "trains_code_embeddings": False},
-            "`lora_modules_to_save`=.* trains copies",
-        ),
     ],
 )
 def test_what_cannot_be_tuned_is_refused_by_name(fields, message, transfusion, tune, tmp_path):
     with pytest.raises(ValueError, match=message):
         tune(transfusion, report_to="tensorboard", **fields)
     assert not list(tmp_path.rglob("logs"))
+
+
+def test_held_rows_are_not_copied_into_adapters():
+    model = torch.nn.ModuleDict({"norm": torch.nn.Linear(3, 3)})
+    hold_rows(model["norm"].weight, slice(0, 1))
+    with pytest.raises(ValueError, match="`lora_modules_to_save`=.'norm'. trains copies"):
+        add_adapters(model, AdapterArguments(lora_rank=2, lora_modules_to_save=["norm"]))
 
 
 def test_an_edit_whose_pictures_differ_in_size_is_refused_with_its_row(transfusion, tune, tmp_path):

@@ -86,7 +86,10 @@ def test_layers_are_sharded_that_a_model_names_and_has() -> None:
 
     plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
     accelerator = SimpleNamespace(
-        is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin), prepare=lambda *parts: parts
+        distributed_type=DistributedType.FSDP,
+        is_fsdp2=True,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        prepare=lambda *parts: parts,
     )
     model = Choosing(nn.Linear(2, 2))
     optimization._place(accelerator, model, build_optimizer(model, TrainingRecipe()))
