@@ -1,5 +1,6 @@
 """A tokenizer of patches is made in one command, and is read like any other."""
 
+import copy
 import json
 from importlib import util
 
@@ -14,6 +15,7 @@ import encode_images
 import make_patch_codes
 from hf_mm.data.icon_scenes import draw_scene
 from hf_mm.data.image_encoding import read_manifest
+from hf_mm.training.patch_autoencoder import build_patch_autoencoder
 
 
 WORDS = ["--dataset_name=icon_scenes:shapes", "--num_scenes=60", "--num_pictures=40", "--num_vq_embeddings=300"]
@@ -86,6 +88,17 @@ def test_without_faiss_it_is_said_before_pictures_are_drawn(make, monkeypatch):
     monkeypatch.setattr(make_patch_codes, "open_pictures", lambda *args, **kwargs: pytest.fail("pictures were opened"))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_mm\[retrieval\]'"):
         make("never")
+
+
+@torch.inference_mode()
+def test_codes_are_found_in_float32_whatever_is_around():
+    vq = build_patch_autoencoder(4, 32, num_codes=4000).bfloat16().float()
+    vq.quantize.embedding.weight.copy_(torch.rand(4000, 48) * 2 - 1)
+    vq.bfloat16()
+    pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    expected = encode_images.CodeEncoder(copy.deepcopy(vq).float(), torch.device("cpu"))(pixels)["codes"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encode_images.CodeEncoder(vq, torch.device("cpu"))(pixels)["codes"], expected)
 
 
 @pytest.mark.parametrize("name", ["num_vq_embeddings", "num_pictures", "num_scale_images"])
