@@ -9,7 +9,6 @@ patches. Takes minutes on one process; others that are started wait. The folder 
 recipes/encode_images.py reads.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +19,7 @@ import torch
 from hf_mm.cards import spell_command, write_card
 from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_pictures
-from hf_mm.training.codebook import measure_usage
+from hf_mm.training.codebook import save_usage
 from hf_mm.training.image_tokenizer_codecs import save_reconstructions
 from hf_mm.training.patch_autoencoder import build_patch_autoencoder
 from hf_mm.training.patch_codes import cluster_patches, require_faiss
@@ -59,14 +58,11 @@ def make(arguments: PatchCodeArguments, data_args: DatasetArguments, argv: Seque
     pictures = TrainingPictures(rows, arguments.image_size, None, arguments.seed)
     images = pictures.draw(arguments.num_pictures, torch.Generator().manual_seed(arguments.seed))
     cluster_patches(vq, images, arguments.seed, shared_patterns=arguments.shared_patterns)
-    num_measured = min(arguments.num_scale_images, len(rows))
-    usage = measure_usage(vq, (pictures.pixels(number)[None] for number in range(num_measured)))
-    measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
 
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**usage._asdict(), "num_pictures": num_measured}, indent=2)
-    (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
+    num_measured = min(arguments.num_scale_images, len(rows))
+    measured = save_usage(vq, (pictures.pixels(n)[None] for n in range(num_measured)), num_measured, folder)
     save_reconstructions(vq, pictures.first(8), folder / "reconstructions.png")
     vq.save_pretrained(folder)
     recipe = asdict(arguments) | asdict(data_args)

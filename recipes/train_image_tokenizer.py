@@ -9,7 +9,6 @@ Pictures need no captions. The same command goes on where a stopped run was. The
 folder, with the measured latent scale in its config or the usage of the codes beside it.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from hf_mm.data.mixing import StepSampler
 from hf_mm.data.pictures import TrainingPictures
 from hf_mm.data.sources import DatasetArguments, open_pictures, prepare_rows
 from hf_mm.training.checkpoint import Checkpoints
-from hf_mm.training.codebook import CodebookUpkeep, measure_usage
+from hf_mm.training.codebook import CodebookUpkeep, save_usage
 from hf_mm.training.history import draw_loss_curves, read_history
 from hf_mm.training.image_tokenizer import LOSS_PARTS, ImageTokenizerTrainer
 from hf_mm.training.image_tokenizer_arguments import (
@@ -95,10 +94,7 @@ def export(
     with ema_weights(parts.ema, trainable_parameters(parts.model)):
         images = (pictures.pixels(number)[None].to(tokenizer.device) for number in range(num_pictures))
         if isinstance(tokenizer.eval(), VQModel):
-            usage = measure_usage(tokenizer, images)
-            text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
-            (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
-            measured = f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
+            measured = save_usage(tokenizer, images, num_pictures, folder)
         elif keeps_latents:
             measured = f"nothing; its latent scale stays {tokenizer.config.scaling_factor:.4f}"
         else:

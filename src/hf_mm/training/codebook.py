@@ -3,7 +3,9 @@
 Knows a `VQModel`, counts of its codes and an average of its weights. Does not know the data or the loss.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +66,25 @@ def measure_usage(vq: VQModel, images: Iterable[torch.Tensor]) -> CodebookUsage:
         codes = find_codes(vq, vq.encode(pixel_values).latents)
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
     return summarize_usage(counts)
+
+
+def save_usage(vq: VQModel, images: Iterable[torch.Tensor], num_pictures: int, folder: Path) -> str:
+    """Measures the usage of a codebook and writes it into `codebook_usage.json`.
+
+    Args:
+        vq (`VQModel`): The tokenizer.
+        images (`Iterable[torch.FloatTensor]` of shape `(N, C, H, W)`): Batches in [-1, 1].
+        num_pictures (`int`): How many they are together.
+        folder (`Path`): Where to.
+
+    Returns:
+        `str`: what was measured, for people.
+
+    """
+    usage = measure_usage(vq, images)
+    text = json.dumps({**usage._asdict(), "num_pictures": num_pictures}, indent=2)
+    (folder / "codebook_usage.json").write_text(text, encoding="utf-8")
+    return f"{usage.used_share:.1%} of its codes in use, perplexity {usage.perplexity:.1f}"
 
 
 @torch.no_grad()
