@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 from hf_mm.cm3leon import CM3LeonConfig, CM3LeonForConditionalGeneration, CM3LeonModel, modeling_cm3leon
 from hf_mm.cm3leon.layout_cm3leon import places_in_image, shift_labels
 from hf_mm.cm3leon.places_cm3leon import PlaceRotation
+from hf_mm.training.optimization import hold_rows
 
 
 EOS, PAD = 2, 0
@@ -392,6 +394,30 @@ def test_losses_and_gradients_do_not_depend_on_how_many_scores_are_held(make_mod
         for name, grad in grads.items():
             difference = (others[name] - grad).abs().max() / grad.abs().max()
             assert difference < (5e-2 if autocast else 1e-5), name  # sums of bfloat16 gradients are rounded
+
+
+@pytest.mark.parametrize("num_rows", [1000, 7])
+def test_of_held_rows_no_gradient_is_computed_and_the_others_have_theirs(make_model, monkeypatch, num_rows):
+    model = make_model().train()
+    batch = batch_of(documents(model.config))
+    monkeypatch.setattr(modeling_cm3leon, "MAX_SCORES", num_rows * model.config.vocab_size)
+    weight, codes, found = model.get_input_embeddings().weight, model.config.image_token_ids, []
+    for holds in (False, True):
+        if holds:
+            hold_rows(weight, slice(codes.start, codes.stop))
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            out = model(**batch)
+            out.loss.backward()
+        grads = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+        found.append((out.loss, grads, counter))
+    (expected, grads, all_flops), (loss, others, flops) = found
+    torch.testing.assert_close(loss, expected)
+    grads["model.embed_tokens.weight"][codes.start : codes.stop] = 0
+    torch.testing.assert_close(others, grads)
+    num_targets = int(model.count_targets(batch)["num_items_in_batch"])
+    saved = all_flops.get_total_flops() - flops.get_total_flops()
+    assert saved == 2 * num_targets * len(codes) * model.config.hidden_size
 
 
 def test_a_batch_without_targets_has_no_loss_and_no_gradient(make_model):

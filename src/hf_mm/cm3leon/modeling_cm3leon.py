@@ -46,8 +46,8 @@ from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
 # Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
 INIT_CUTOFF = 3.0
 
-# Scores that the loss holds at a time, 64 MiB in float32.
-MAX_SCORES = 2**24
+# Scores that the loss holds at a time, 128 MiB in float32. Compiled, it computes scores beyond them twice.
+MAX_SCORES = 2**25
 
 
 class CM3LeonPreTrainedModel(PreTrainedModel):
@@ -484,7 +484,7 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         softmax.
         """
         config, is_code = self.config, self._is_code(targets)
-        scores = self.lm_head(hidden).float()
+        scores = self._score(hidden).float()
         if config.z_loss_weight:
             log_z = scores.logsumexp(-1)
             ignored = targets == -100
@@ -496,6 +496,15 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         if config.image_loss_weight != 1:
             weighted = torch.where(is_code, config.image_loss_weight * weighted, weighted)
         return weighted.sum(), losses.sum(), losses.masked_fill(~is_code, 0.0).sum()
+
+    def _score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores all entries, and computes no gradient of rows that training holds, where it would be thrown away."""
+        weight = self.lm_head.weight
+        held = getattr(weight, "held_rows", None)
+        if held is None:
+            return self.lm_head(hidden)
+        parts = (weight[: held.start], weight.detach()[held.start : held.stop], weight[held.stop :])
+        return torch.cat([F.linear(hidden, part) for part in parts], dim=-1)
 
     @can_return_tuple
     def forward(
