@@ -36,7 +36,7 @@ from hf_mm.training.patch_codes import read_patches
 NUM_MEASURED = 300  # documents that are built to know their mean
 
 
-_CODE_RANGE = 0.1  # deviation of embeddings that are not trained, and so do not grow
+_CODE_RANGE = 0.2  # deviation of embeddings that are not trained, and so do not grow
 
 
 @dataclass

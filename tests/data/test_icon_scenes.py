@@ -127,6 +127,17 @@ def test_recipes_draw_the_share_of_exact_scenes_that_they_name(streaming):
     ]
 
 
+@pytest.mark.parametrize("streaming", (False, True))
+def test_recipes_draw_a_kind_as_often_as_they_name_it(streaming):
+    arguments = DatasetArguments(
+        dataset_name="icon_scenes:icons", num_scenes=400, scene_kinds=["position", "colors", "position", "position"]
+    )
+    rows = open_rows(arguments, image_size=16, streaming=streaming)
+    kinds = collections.Counter(json.loads(row["scene"])["kind"] for row in rows)
+    assert kinds.keys() == {"position", "colors"}
+    assert kinds["position"] / 400 == pytest.approx(0.75, abs=0.06)
+
+
 def test_background_goes_unsaid_only_on_white():
     unsaid = collections.Counter()
     for index in range(600):

@@ -4,6 +4,7 @@ Knows names of sources and columns; does not know what the rows are for.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class DatasetArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     num_scenes: int = field(default=20_000, metadata={"help": "Icon scenes to draw; ignored for other sources."})
     scene_kinds: list[str] = field(
-        default_factory=list, metadata={"help": "Kinds of icon scenes to draw, alike; none: the mix of their set."}
+        default_factory=list, metadata={"help": "Kinds of icon scenes to draw, one as often as it is named; none: the mix of their set."}
     )
     exact_share: float = field(
         default=0.0,
@@ -83,7 +84,7 @@ def open_rows(
     """
     name = arguments.dataset_name
     if name.startswith(EMBEDDED):
-        kinds = dict.fromkeys(arguments.scene_kinds, 1.0) or None
+        kinds = Counter(arguments.scene_kinds) or None
         fields: dict[str, Any] = {"glyph_set": name.removeprefix(EMBEDDED), "size_px": image_size, "seed": seed}
         fields |= {"kinds": kinds, "exact_share": arguments.exact_share}
         if streaming:
