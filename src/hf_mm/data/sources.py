@@ -41,7 +41,8 @@ class DatasetArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     num_scenes: int = field(default=20_000, metadata={"help": "Icon scenes to draw; ignored for other sources."})
     scene_kinds: list[str] = field(
-        default_factory=list, metadata={"help": "Kinds of icon scenes to draw, one as often as it is named; none: the mix of their set."}
+        default_factory=list,
+        metadata={"help": "Kinds of icon scenes to draw, one as often as it is named; none: the mix of their set."},
     )
     exact_share: float = field(
         default=0.0,
