@@ -46,8 +46,8 @@ app = typer.Typer(
 )
 
 MODEL_HELP = (
-    "Hub id or folder of a checkpoint, or one that ships: transfusion-icons (the default), transfusion-tiny, "
-    "cm3leon-tiny."
+    "Hub id or folder of a checkpoint, or one that ships: transfusion-icons (the default), cm3leon-icons, "
+    "transfusion-tiny, cm3leon-tiny."
 )
 ModelOption = Annotated[
     str | None,

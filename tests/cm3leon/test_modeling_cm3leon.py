@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
@@ -420,6 +421,14 @@ def test_of_held_rows_no_gradient_is_computed_and_the_others_have_theirs(make_mo
     assert saved == 2 * num_targets * len(codes) * model.config.hidden_size
 
 
+def test_an_output_layer_with_an_adapter_is_gone_through_though_rows_are_held(make_model):
+    model = make_model(tie_word_embeddings=False).train()
+    hold_rows(model.lm_head.weight, slice(2, 5))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    model(**batch_of(documents(model.config))).loss.backward()
+    assert any(weight.grad.any() for name, weight in model.named_parameters() if "lora_B" in name)
+
+
 def test_a_batch_without_targets_has_no_loss_and_no_gradient(make_model):
     model = make_model().train()
     batch = batch_of(documents(model.config))
@@ -714,8 +723,12 @@ def test_four_rows_are_learnt_by_heart(make_config):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_training_forward_compiles_without_graph_breaks(make_model, packed):
+@pytest.mark.parametrize("holds", [False, True])
+def test_the_training_forward_compiles_without_graph_breaks(make_model, packed, holds):
     model = make_model().train()
+    if holds:
+        hold_rows(model.get_input_embeddings().weight, slice(300, 317))
+        model.lm_head.forward = None  # which would compute the gradient of all rows
     rows = documents(model.config)
     batch = pack(rows) if packed else batch_of(rows)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -46,7 +46,7 @@ from .places_cm3leon import ImagePlaceEmbedding, PlaceRotation
 # Weights beyond this many standard deviations are drawn again. Source: CM3Leon, section 2.3.
 INIT_CUTOFF = 3.0
 
-# Scores that the loss holds at a time, 128 MiB in float32. Compiled, it computes scores beyond them twice.
+# Scores that the loss holds at a time, 128 MiB in float32. Compiled, a loss of more computes all of them twice.
 MAX_SCORES = 2**25
 
 
@@ -498,13 +498,13 @@ class CM3LeonForConditionalGeneration(CM3LeonPreTrainedModel, CM3LeonGenerationM
         return weighted.sum(), losses.sum(), losses.masked_fill(~is_code, 0.0).sum()
 
     def _score(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores all entries, and computes no gradient of rows that training holds, where it would be thrown away."""
+        """Scores all entries; of rows that training holds no gradient is computed, where it would be thrown away."""
         weight = self.lm_head.weight
         held = getattr(weight, "held_rows", None)
-        if held is None:
+        if held is None or not weight.requires_grad:  # frozen behind an adapter, which `lm_head` alone goes through
             return self.lm_head(hidden)
-        parts = (weight[: held.start], weight.detach()[held.start : held.stop], weight[held.stop :])
-        return torch.cat([F.linear(hidden, part) for part in parts], dim=-1)
+        before, kept, after = weight.tensor_split((held.start, held.stop))
+        return torch.cat([F.linear(hidden, part) for part in (before, kept.detach(), after)], dim=-1)
 
     @can_return_tuple
     def forward(
