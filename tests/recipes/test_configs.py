@@ -169,6 +169,7 @@ def test_the_tiny_recipe_runs(tmp_path, monkeypatch):
     assert (folder / "samples.png").exists() and (folder / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_recipes_of_icons_run_one_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     vae, decoder, latents = (f"{tmp_path}/{name}" for name in ("vae", "decoder", "latents"))
