@@ -62,6 +62,12 @@ def fresh_accelerator_state():
     AcceleratorState._reset_state()
 
 
+@pytest.fixture
+def fresh_compiler():
+    """What dynamo keeps of other models of this process counts towards its limit, and tells it which sizes change."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_text_tokenizer(TEXTS, vocab_size=311)

@@ -157,6 +157,7 @@ def test_eager_and_sdpa_agree(make_model):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_flex_attention_agrees(make_model):
     sdpa, flex = (make_model(attn_implementation=name) for name in ("sdpa", "flex_attention"))
@@ -721,6 +722,7 @@ def test_four_rows_are_learnt_by_heart(make_config):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("holds", [False, True])

@@ -124,6 +124,7 @@ def test_eager_and_sdpa_agree(make_model, lay_out):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_flex_attention_agrees(make_model, lay_out):
     models = [make_model(attn_implementation=name) for name in ("sdpa", "flex_attention")]
@@ -695,6 +696,7 @@ def test_four_rows_are_learnt_by_heart(make_model, lay_out):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("patch_positions", ["running", "grid", "rotary"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -710,12 +712,12 @@ def test_the_training_forward_compiles_without_graph_breaks(make_model, lay_out,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("patch_positions", ["running", "rotary"])
 def test_one_graph_serves_any_number_of_images_and_windows(make_model, lay_out, patch_positions):
     model = make_model(patch_positions=patch_positions).train()
     document = lay_out(model.config, BOS, 11, (4, 6), 12, EOS)
-    torch.compiler.reset()  # else it knows from other tests which sizes change
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for num_windows, num_images in ((2, 4), (3, 6), (4, 6), (3, 5), (5, 9)):
