@@ -219,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         progress=progress,
         every=[(recipe.eval_steps, tasks.report), push.every(export)],
     )
+    if recipe.eval_steps and progress.step == recipe.max_steps and progress.step % recipe.eval_steps:
+        tasks.report(progress.step)  # what is finished is scored, also where the period does not divide its steps
     export(output_dir)
     finish_run(accelerator, push, lambda: f"The finished model is in {output_dir}, after {progress.step} steps.")
     return output_dir

@@ -606,6 +606,18 @@ def test_a_saved_model_loads_with_the_same_outputs(make_model, tmp_path):
     assert model.generation_config.eos_token_id == again.generation_config.eos_token_id == ends
 
 
+def test_layers_that_a_checkpoint_lacks_change_nothing_until_they_are_trained(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    num_layers = model.config.num_hidden_layers
+    deeper = CM3LeonForConditionalGeneration.from_pretrained(tmp_path, num_hidden_layers=num_layers + 2).eval()
+    batch = batch_of(documents(model.config))
+    assert len(deeper.model.layers) == num_layers + 2
+    assert torch.equal(deeper(**batch).loss, model(**batch).loss)
+    deeper.train()(**batch).loss.backward()
+    assert all(layer.mlp.down_proj.weight.grad.any() for layer in deeper.model.layers)
+
+
 def test_an_output_layer_of_its_own_is_no_copy(make_model, tmp_path):
     model = make_model(tie_word_embeddings=False)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
